@@ -1,0 +1,326 @@
+"""The vision transformer, in one file and bottom-up: patches, attention, block, model.
+
+Names and state-dict keys are timm's, so weights move between the two with ``load_state_dict(strict=True)``.
+Shapes in comments: B batch, N tokens, D embed, h heads, d = D / h.
+Sources: Vaswani et al. 2017 (1706.03762), Dosovitskiy et al. 2020 (2010.11929); registers: Darcet et al. 2023
+(2309.16588); QK-norm: Dehghani et al. 2023 (2302.05442); LayerScale: Touvron et al. 2021 (2103.17239); convolutional
+stem: Xiao et al. 2021 (2106.14881).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+LAYER_NORM_EPS = 1e-6  # timm's, and the original's
+
+
+def pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """(height, width) from one number or two."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and map each to a token.
+
+    ``linear`` is one matrix on the pixels of a patch (2010.11929, eq. 1). ``conv`` is two strided convolutions whose
+    strides multiply to the patch size: a token still stands for its own cell of the grid, but sees a few pixels of
+    its neighbours, which small images need (0.97 against 0.71 on 8x8 digits).
+    """
+
+    def __init__(self, *, patch_size: tuple[int, int], in_chans: int, embed_dim: int, stem: str):
+        super().__init__()
+        self.patch_size = patch_size
+        if stem == "linear":
+            self.proj: nn.Module = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        else:
+            first = tuple(max(s for s in range(1, p + 1) if p % s == 0 and s * s <= p) for p in patch_size)
+            second = tuple(p // s for p, s in zip(patch_size, first, strict=True))
+            self.proj = nn.Sequential(
+                self._conv(in_chans, embed_dim // 2, first), nn.GELU(), self._conv(embed_dim // 2, embed_dim, second)
+            )
+
+    @staticmethod
+    def _conv(inputs: int, outputs: int, stride: tuple[int, ...]) -> nn.Conv2d:
+        kernel = tuple(max(3, 2 * s - 1) for s in stride)  # odd, so that padding by its half keeps the grid centred
+        return nn.Conv2d(inputs, outputs, kernel, stride, tuple(k // 2 for k in kernel))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images)  # (B, D, grid height, grid width)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: every token asks all tokens and takes the weighted sum of their values.
+
+    softmax(q kᵀ / √d) v, 1706.03762 eq. 1. ``forward`` is the fused kernel and never holds the N x N weights;
+    ``explain`` computes the same output the long way and returns the weights too.
+    """
+
+    def __init__(self, *, embed_dim: int, num_heads: int, qkv_bias: bool, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (embed_dim // num_heads) ** -0.5
+        norm = LayerNorm if qk_norm else nn.Identity
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.q_norm = norm(embed_dim // num_heads)
+        self.k_norm = norm(embed_dim // num_heads)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v  # (B, h, N, d) each
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Heads side by side again, through the output projection."""
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What each token (row) takes from every other (column); rows sum to 1."""
+        q, k, _ = self.heads(x)
+        return (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, N, N)
+
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward(x)`` and ``weights(x)``, with the output computed from those very weights."""
+        q, k, v = self.heads(x)
+        weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
+        return self.merge(weights.to(v.dtype) @ v), weights
+
+
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, size: int):
+        super().__init__(size, eps=LAYER_NORM_EPS)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch, small at the start."""
+
+    def __init__(self, size: int, init_values: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((size,), float(init_values)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    def __init__(self, *, embed_dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_norm: bool,
+        init_values: float | None,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm(embed_dim)
+        self.attn = Attention(embed_dim=embed_dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(embed_dim, init_values)
+        self.norm2 = LayerNorm(embed_dim)
+        self.mlp = Mlp(embed_dim=embed_dim, hidden=int(embed_dim * mlp_ratio))
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(embed_dim, init_values)
+        self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward(x)`` and the attention weights (B, h, N, N) it came from."""
+        attended, weights = self.attn.explain(self.norm1(x))
+        x = x + self.drop_path(self.ls1(attended))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), weights
+
+
+class VisionTransformer(nn.Module):
+    """Patches, position embedding, blocks, pooling, linear head (2010.11929).
+
+    Args:
+        image_size: Height and width of the images, in pixels; one number for a square. A multiple of patch_size.
+        patch_size: Height and width of a patch, in pixels; one number for a square.
+        in_chans: Channels of an image: 1 grey, 3 colour, or any other number.
+        num_classes: Number of logits.
+        embed_dim: Width D of a token; a multiple of num_heads.
+        depth: Number of blocks.
+        num_heads: Attention heads in a block.
+        mlp_ratio: Hidden width of a block's MLP over embed_dim.
+        qkv_bias: Whether queries, keys and values have a bias.
+        drop_path_rate: Stochastic depth of the last block in [0, 1), growing linearly from 0 (1603.09382).
+        pool: What is classified: ``token``, a learned class token, or ``mean`` of the patch tokens.
+        stem: How a patch becomes a token: ``linear``, or ``conv`` for two strided convolutions.
+        qk_norm: Whether queries and keys are normalised before their product; steadier at high learning rates.
+        init_values: Start of LayerScale; none for no LayerScale.
+        num_registers: Extra learned tokens that belong to no patch; they keep attention maps clean.
+
+    Raises:
+        ValueError: If sizes do not divide or a number is out of range; both numbers are named.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        pool: Literal["token", "mean"] = "token",
+        stem: Literal["linear", "conv"] = "linear",
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        num_registers: int = 0,
+    ):
+        # Everything needed to build this model again; goes into the checkpoint as it is.
+        self.architecture: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.image_size, self.patch_size = pair(image_size), pair(patch_size)
+        self.in_chans, self.num_classes, self.pool, self.num_registers = in_chans, num_classes, pool, num_registers
+        self._check()
+        self.grid_size = self.grid_of(*self.image_size)
+
+        self.patch_embed = PatchEmbed(
+            patch_size=self.patch_size, in_chans=in_chans, embed_dim=embed_dim, stem=stem
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "token" else None
+        self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
+        # As in timm's models: without registers the class token has a position of its own, with them it has none.
+        self.num_prefix_positions = 1 if pool == "token" and not num_registers else 0
+        positions = self.grid_size[0] * self.grid_size[1] + self.num_prefix_positions
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_norm=qk_norm,
+                init_values=init_values,
+                drop_path=drop_path_rate * i / max(1, depth - 1),
+            )
+            for i in range(depth)
+        )
+        # timm's places: a class token is normalised before it is picked, a mean after it is taken.
+        self.norm = LayerNorm(embed_dim) if pool == "token" else nn.Identity()
+        self.fc_norm = LayerNorm(embed_dim) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes)
+        self._init_weights()
+
+    def _check(self) -> None:
+        a = self.architecture
+        for name in ("in_chans", "num_classes", "embed_dim", "depth", "num_heads"):
+            if a[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {a[name]}")
+        if a["embed_dim"] % a["num_heads"]:
+            raise ValueError(f"embed_dim {a['embed_dim']} is not a multiple of num_heads {a['num_heads']}")
+        if not 0 <= a["drop_path_rate"] < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {a['drop_path_rate']}")
+        for name, choices in (("pool", ("token", "mean")), ("stem", ("linear", "conv"))):
+            if a[name] not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {a[name]!r}")
+
+    def _init_weights(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return (self.pool == "token") + self.num_registers
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in an image of this size; refuses sizes that do not divide."""
+        for side, size, patch in (("height", height, self.patch_size[0]), ("width", width, self.patch_size[1])):
+            if size < patch or size % patch:
+                raise ValueError(f"image {side} {size} is not a multiple of patch size {patch}")
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding for a grid; bicubic where the grid is not the one trained for (as timm does)."""
+        if grid == self.grid_size:
+            return self.pos_embed
+        prefix, patches = self.pos_embed.split(
+            [self.num_prefix_positions, self.pos_embed.shape[1] - self.num_prefix_positions], dim=1
+        )
+        patches = patches.unflatten(1, self.grid_size).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+        patches = F.interpolate(patches.float(), grid, mode="bicubic", antialias=True)
+        return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens that enter the first block: class token, registers, then patches row by row."""
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"expected images (B, {self.in_chans}, H, W), got {tuple(images.shape)}")
+        positions = self.positions(self.grid_of(images.shape[2], images.shape[3]))
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, patches, D)
+        B = x.shape[0]
+        prefix = [token.expand(B, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.num_prefix_positions:  # the class token has a position: add after joining
+            return torch.cat([*prefix, x], dim=1) + positions
+        return torch.cat([*prefix, x + positions], dim=1)  # (B, N, D)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens (B, N, D) after the last block, prefix tokens first."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) from the tokens that ``forward_features`` returns."""
+        pooled = x[:, 0] if self.pool == "token" else x[:, self.num_prefix_tokens :].mean(1)
+        return self.head(self.fc_norm(pooled))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of normalised images (B, in_chans, H, W).
+
+        H and W may differ from ``image_size`` if they are multiples of the patch size: the position embedding is
+        resampled.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    def forward_attention(self, images: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and what ``keep`` makes of each block's attention weights (B, h, N, N), first block first.
+
+        Blocks are reduced as they go by (heads fused, say), so that at no time more than one block's heads are held.
+        The logits come from these very weights: gradients of logits with respect to them are defined.
+        """
+        x, kept = self.embed(images), []
+        for block in self.blocks:
+            x, weights = block.explain(x)
+            kept.append(keep(weights))
+        return self.forward_head(self.norm(x)), kept
