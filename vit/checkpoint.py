@@ -5,8 +5,9 @@ temperature, metrics and how it was trained. Also read: Lightning's ``.ckpt``, t
 """
 
 import json
+import math
 import os
-import tempfile
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 
 FORMAT_VERSION = 1
 KEY = "vit"  # of the JSON text in the file's metadata
+LARGEST = 1_000_000  # number an architecture may hold; a hostile one could keep us busy for ever
 
 
 class CheckpointError(ValueError):
@@ -48,7 +51,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: str | Path, state_dict: dict[str, torch.Tensor], about: Checkpoint, dtype: torch.dtype | None = None
+    path: str | Path, state_dict: dict[str, Tensor], about: Checkpoint, dtype: torch.dtype | None = None
 ) -> Path:
     """Write weights and description to one file; readers see the old file or the whole new one, never a part.
 
@@ -61,20 +64,24 @@ def save_checkpoint(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in state_dict.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(about)})
+    text = json.dumps(describe(about))
     payload = save(tensors, metadata={KEY: text, "format": "pt"})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # same folder, so that replacing is atomic
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own 0600 would keep the file from colleagues
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def describe(about: Checkpoint) -> dict[str, Any]:
+    """The description as plain data, as both kinds of checkpoint hold it."""
+    return {"format_version": FORMAT_VERSION, **asdict(about)}
 
 
 def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
@@ -91,62 +98,95 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        state_dict, about = _read_ckpt(path) if path.suffix == ".ckpt" else _read_safetensors(path)
-    except CheckpointError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        weights, about = _read_ckpt(path) if path.suffix == ".ckpt" else _read_safetensors(path)
+        model = _build(about, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or _line(error)})") from error
+    except Exception as error:  # what a damaged or hostile description can raise has no end
         raise CheckpointError(f"{path}: not a checkpoint of this project ({_line(error)})") from error
-    try:
-        model = VisionTransformer(**about.architecture)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: its architecture cannot be built ({_line(error)})") from error
-    if len(about.class_names) != model.num_classes:
-        raise CheckpointError(f"{path}: {len(about.class_names)} class names for {model.num_classes} classes")
-    _check_weights(path, model.state_dict(), state_dict)
-    model.load_state_dict(state_dict)
-    return model.eval(), about
+    return model, about
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Checkpoint]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
-                raise CheckpointError(f"{path}: safetensors without a {KEY!r} description; written by another program?")
-            about = _description(path, json.loads(metadata[KEY]))
+                raise CheckpointError(f"safetensors without a {KEY!r} description; written by another program?")
+            about = _description(json.loads(metadata[KEY]))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or a truncated one ({_line(error)})") from error
+        raise CheckpointError(f"not a safetensors file, or a truncated one ({_line(error)})") from error
 
 
-def _description(path: Path, raw: dict[str, Any]) -> Checkpoint:
-    version = raw.pop("format_version")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version} is newer than {FORMAT_VERSION}; please update")
-    raw["preprocess"] = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw["preprocess"].items()})
-    raw["class_names"] = tuple(raw["class_names"])
-    return Checkpoint(**raw)
-
-
-def _read_ckpt(path: Path) -> tuple[dict[str, torch.Tensor], Checkpoint]:
+def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # the unpickler raises many types; whatever it was, nothing in the file was executed
-        raise CheckpointError(f"{path}: refused, not a plain checkpoint of tensors and numbers") from error
-    about = _description(path, dict(raw["vit"]))
+        raise CheckpointError("refused, not a plain checkpoint of tensors and numbers") from error
+    about = _description(dict(raw["vit"]))
     return {k.removeprefix("vit."): v for k, v in raw["state_dict"].items() if k.startswith("vit.")}, about
 
 
-def _check_weights(path: Path, wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+def _description(raw: dict[str, Any]) -> Checkpoint:
+    version = raw.pop("format_version")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"format version {version} is newer than {FORMAT_VERSION}; please update")
+    architecture, preprocess = _tuples(raw.pop("architecture")), Preprocess(**_tuples(raw.pop("preprocess")))
+    names = raw.pop("class_names")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError("its class names are not a list of texts")
+    about = Checkpoint(architecture=architecture, class_names=tuple(names), preprocess=preprocess, **raw)
+    if not (math.isfinite(about.temperature) and about.temperature > 0):
+        raise CheckpointError(f"its temperature must be above 0, got {about.temperature}")
+    return about
+
+
+def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples; ours are never lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+
+
+def _build(about: Checkpoint, weights: dict[str, Tensor]) -> VisionTransformer:
+    """The model the description asks for, with these weights; nothing is allocated before they are known to fit."""
+    for name, value in about.architecture.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not abs(number) <= LARGEST:
+                raise CheckpointError(f"its architecture cannot be built ({name} is {number})")
+    if about.architecture.get("depth", 0) > len(weights):
+        raise CheckpointError(f"{len(weights)} weights are too few for a depth of {about.architecture['depth']}")
+    try:
+        with torch.device("meta"):  # shapes without memory: a description may ask for terabytes
+            model = VisionTransformer(**about.architecture)
+        model.grid_of(*about.preprocess.image_size)
+    except Exception as error:
+        raise CheckpointError(f"its architecture cannot be built ({_line(error)})") from error
+    if len(about.class_names) != model.num_classes:
+        raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
+    if len(about.preprocess.mean) != model.in_chans:
+        raise CheckpointError(f"{len(about.preprocess.mean)} channel means for {model.in_chans} channels")
+    _check_weights(model.state_dict(), weights)
+    # Copied: those of a safetensors file are views of it, and it may change.
+    model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in weights.items()}, assign=True)
+    return model.eval()
+
+
+def _check_weights(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     for name, tensor in wanted.items():
         if name not in found:
-            raise CheckpointError(f"{path}: weight {name} is missing")
+            raise CheckpointError(f"weight {name} is missing")
         if found[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path}: weight {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-            )
+            raise CheckpointError(f"weight {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+        if not found[name].is_floating_point():
+            raise CheckpointError(f"weight {name} is of type {found[name].dtype}, expected a float")
+        if not found[name].isfinite().all():
+            raise CheckpointError(f"weight {name} has values that are not finite")
     if extra := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(f"{path}: unknown weight {extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else ""))
+        raise CheckpointError(f"unknown weight {extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else ""))
 
 
 def _line(error: BaseException) -> str:

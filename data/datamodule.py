@@ -1,0 +1,210 @@
+"""Images of one data set, in batches: uint8 up to the device, normalised and augmented there."""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.augment import Augment
+from data.sources import DataError, Source, Split, load_source, prepare_source, stratified_split
+from vit.preprocess import Preprocess
+
+
+class Draw(NamedTuple):
+    """Which images make one batch, and in which epoch: all that augmentation needs to know."""
+
+    epoch: int
+    indices: Tensor
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, C, H, W) uint8; normalised floats after the transfer to the device
+    labels: Tensor  # (B,) int64
+    indices: Tensor  # (B,) int64, within the split
+    epoch: int
+
+
+class SplitDataset(Dataset):
+    """Whole batches of a split: slices of a tensor, or files decoded in a worker."""
+
+    def __init__(self, split: Split, subset: Tensor | None = None):
+        self.split = split
+        self.subset = torch.arange(len(split.labels)) if subset is None else subset
+
+    def __len__(self) -> int:
+        return len(self.subset)
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        where = self.subset[draw.indices]
+        return Batch(self.split.images[where], self.split.labels[where], draw.indices, draw.epoch)
+
+
+class TrainOrder(Sampler[Draw]):
+    """Shuffled batches of one rank, a function of (seed, epoch) alone; starts in mid-epoch when a run is resumed.
+
+    The last, partial batch of an epoch is left out (another part of the images each time).
+
+    Args:
+        size: Images in the data set.
+        batch_size: Images in a batch of one rank; at most the rank's share of ``size`` is used.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes; together they see each image at most once an epoch.
+        position: Called at the start of an epoch, gives (epoch, batches to skip).
+    """
+
+    def __init__(
+        self, *, size: int, batch_size: int, seed: int, rank: int, world_size: int, position: Callable[[], tuple[int, int]]
+    ):
+        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+        self.batch_size = min(batch_size, size // world_size)
+        self.position = position
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch, skip = self.position()
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        for batch in range(skip, len(self)):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield Draw(epoch, order[start : start + self.batch_size])
+
+
+class EvalOrder(Sampler[Draw]):
+    """Each image once over all ranks, none twice: no padding, so that every number of ranks measures the same."""
+
+    def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int):
+        self.chunks = torch.arange(rank, size, world_size).split(batch_size)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Draw]:
+        return (Draw(0, chunk) for chunk in self.chunks)
+
+
+class ImageDataModule(LightningDataModule):
+    """A data set of images in classes.
+
+    Args:
+        dataset: ``digits``, ``cifar10``, ``cifar100``, or a folder: ``train/CLASS/*.jpg`` with optional ``val/`` and
+            ``test/``, or just ``CLASS/*.jpg``.
+        root: Where downloads and decoded copies are kept.
+        image_size: Height and width of the model's input, in pixels; none for the images' own.
+        batch_size: Images in a batch of one device.
+        val_fraction: Share of the training images held out for validation where the data set brings none, in (0, 1);
+            0 trains on all of them and validates on the first thousand, for a last run whose settings are chosen.
+        seed: Of the held-out split, the order and the augmentation.
+        num_workers: Processes that decode images; sets that fit in memory are decoded once and need none after that.
+        augment: Random changes to training images.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        root: str = "datasets",
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 2,
+        augment: Augment = Augment(),  # noqa: B008 (frozen)
+    ):
+        super().__init__()
+        if batch_size < 1:
+            raise DataError(f"data.batch_size must be at least 1, got {batch_size}")
+        if not 0 <= val_fraction < 1:
+            raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+        self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
+        self.num_workers, self.augment = num_workers, augment
+        self._where: dict[str, Any] = {"root": Path(root), "image_size": image_size, "num_workers": num_workers}
+
+    # The facts that the model needs; train.py links them to its arguments.
+
+    @cached_property
+    def source(self) -> Source:
+        return load_source(self.dataset, **self._where)
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.source.class_names)
+
+    @property
+    def mean(self) -> list[float]:
+        return list(self.source.mean)
+
+    @property
+    def std(self) -> list[float]:
+        return list(self.source.std)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.source.train.images.shape[-2:]
+        return int(height), int(width)
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        return Preprocess(image_size=self.image_size, mean=self.source.mean, std=self.source.std)
+
+    def prepare_data(self) -> None:
+        prepare_source(self.dataset, **self._where)
+
+    def setup(self, stage: str | None = None) -> None:
+        train, val = self.source.train, self.source.val
+        if val is not None:
+            self.train, self.val = SplitDataset(train), SplitDataset(val)
+        elif self.val_fraction:
+            kept, held_out = stratified_split(train.labels, self.val_fraction, seed=0)  # the same for every run's seed
+            self.train, self.val = SplitDataset(train, kept), SplitDataset(train, held_out)
+        else:
+            self.train, self.val = SplitDataset(train), SplitDataset(train, torch.arange(min(1000, len(train.labels))))
+        self.test = None if self.source.test is None else SplitDataset(self.source.test)
+
+    def position(self) -> tuple[int, int]:
+        """(epoch, batches of it done), from the only counter that survives every kind of restart: optimiser steps."""
+        trainer = self.trainer
+        if trainer is None:
+            return 0, 0
+        batches, accumulate = len(self.order), trainer.accumulate_grad_batches
+        epoch, steps = divmod(trainer.global_step, -(-batches // accumulate))
+        return epoch, steps * accumulate
+
+    def train_dataloader(self) -> DataLoader:
+        self.order = TrainOrder(
+            size=len(self.train), batch_size=self.batch_size, seed=self.seed, position=self.position, **self._rank()
+        )
+        return self._loader(self.train, self.order)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._eval_loader(self.val)
+
+    def test_dataloader(self) -> DataLoader:
+        if self.test is None:
+            raise DataError(f"{self.dataset}: has no test images; add a test/ folder or use `validate`")
+        return self._eval_loader(self.test)
+
+    def _eval_loader(self, dataset: SplitDataset) -> DataLoader:
+        return self._loader(dataset, EvalOrder(size=len(dataset), batch_size=2 * self.batch_size, **self._rank()))
+
+    def _rank(self) -> dict[str, int]:
+        trainer = self.trainer
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {"rank": 0, "world_size": 1}
+
+    def _loader(self, dataset: SplitDataset, order: Sampler) -> DataLoader:
+        workers = 0 if isinstance(dataset.split.images, Tensor) else self.num_workers
+        return DataLoader(
+            dataset, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        images = self.preprocess.normalize(batch.images)
+        if self.trainer is not None and self.trainer.training:
+            images = self.augment(images, seed=self.seed, epoch=batch.epoch, indices=batch.indices)
+        return batch._replace(images=images)

@@ -1,0 +1,207 @@
+"""The system that is trained: model, loss, metrics, optimiser, and what is written down at the end."""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lightning
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from vit.calibration import Temperature
+from vit.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
+from vit.model import VisionTransformer
+from vit.optim import build_optimizer, learning_rate
+from vit.preprocess import Preprocess
+
+
+class Batch(Protocol):
+    """What a step needs of a batch: normalised images (B, C, H, W) and their labels, int64 (B,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class ViTClassifier(LightningModule):
+    """A vision transformer in training.
+
+    Args:
+        image_size: Height and width of the images, in pixels; from the data.
+        class_names: Name of each class, in the order of the labels; from the data.
+        mean: Mean of each channel, of values in [0, 1]; from the data.
+        std: Standard deviation of each channel, of values in [0, 1]; from the data.
+        optimizer: ``adamw``, or ``muon`` for the blocks' matrices with AdamW for the rest.
+        lr: Peak learning rate of AdamW.
+        muon_lr: Peak learning rate of Muon.
+        weight_decay: Decoupled weight decay; biases, norms and embeddings are exempt.
+        warmup: Share of all steps in which the learning rate rises, in [0, 1).
+        schedule: How it falls after that, to 0: ``cosine`` or ``linear``.
+        label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
+        resolution: Pairs (until, factor): up to this share of the steps images are scaled by this factor; after the
+            last pair they have their full size. Fewer pixels are fewer tokens: cheap steps first, sharp ones last.
+        vit: Arguments of VisionTransformer.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        class_names: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+        optimizer: Literal["adamw", "muon"] = "adamw",
+        lr: float = 1e-3,
+        muon_lr: float = 0.02,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        schedule: Literal["cosine", "linear"] = "cosine",
+        label_smoothing: float = 0.0,
+        resolution: Sequence[tuple[float, float]] = (),
+        **vit: Any,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.vit = VisionTransformer(image_size=image_size, in_chans=len(mean), num_classes=len(class_names), **vit)
+        self.class_names = tuple(class_names)
+        self.preprocess = Preprocess(image_size=self.vit.image_size, mean=tuple(mean), std=tuple(std))
+        self.optimizer = {"name": optimizer, "lr": lr, "muon_lr": muon_lr, "weight_decay": weight_decay}
+        self.warmup, self.schedule, self.label_smoothing = warmup, schedule, label_smoothing
+        self.resolution = sorted((float(until), float(factor)) for until, factor in resolution)
+        for until, factor in self.resolution:
+            if not 0 < until <= 1 or not 0 < factor <= 1:
+                raise ValueError(f"model.resolution: both numbers must be in (0, 1], got ({until}, {factor})")
+            self.vit.grid_of(*self.scaled(factor))
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
+        self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15)
+        self.fit_temperature = Temperature()
+        self.register_buffer("temperature", torch.tensor(1.0))
+        self.total_steps, self.started = 1, time.monotonic()
+
+    def _metrics(self, prefix: str) -> MetricCollection:
+        classes = len(self.class_names)
+        return MetricCollection(
+            {
+                "acc": MulticlassAccuracy(classes, average="micro"),
+                "acc5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
+                "ece": MulticlassCalibrationError(classes, n_bins=15),
+            },
+            prefix=prefix,
+            compute_groups=False,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of normalised images (B, C, H, W)."""
+        return self.vit(images)
+
+    # Steps
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Stochastic depth draws at a step what it would draw in a run that was never interrupted.
+        torch.manual_seed(hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.global_step, self.global_rank)))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.vit(self.rescale(batch.images)).float()
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def rescale(self, images: Tensor) -> Tensor:
+        """The images at the size that belongs to this step."""
+        progress = self.global_step / self.total_steps
+        factor = next((factor for until, factor in self.resolution if progress < until), 1.0)
+        if factor == 1:
+            return images
+        return F.interpolate(images, self.scaled(factor), mode="bilinear", antialias=True)
+
+    def scaled(self, factor: float) -> tuple[int, int]:
+        """Height and width times the factor."""
+        height, width = self.preprocess.image_size
+        return round(height * factor), round(width * factor)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.fit_temperature.update(self._evaluate("val", batch, self.val_loss, self.val_metrics), batch.labels)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self._evaluate("test", batch, self.test_loss, self.test_metrics)
+        self.test_ece_calibrated.update((logits / self.temperature).softmax(-1), batch.labels)
+        self.log("test/ece_calibrated", self.test_ece_calibrated, on_step=False, on_epoch=True)
+
+    def _evaluate(self, stage: str, batch: Batch, loss: MeanMetric, metrics: MetricCollection) -> Tensor:
+        logits = self.vit(batch.images).float()
+        loss.update(F.cross_entropy(logits, batch.labels, reduction="none"))
+        metrics.update(logits.softmax(-1), batch.labels)
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True)
+        self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True)  # torchmetrics sums over ranks by itself
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
+            self.temperature.copy_(self.fit_temperature.compute())
+        self.fit_temperature.reset()
+
+    # Optimisation
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        self.total_steps = int(self.trainer.estimated_stepping_batches)
+        optimizer = build_optimizer(self.vit, **self.optimizer)
+        warmup = int(self.warmup * self.total_steps)
+        factor = learning_rate(total=self.total_steps, warmup=warmup, shape=self.schedule)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # What is kept
+
+    def on_fit_start(self) -> None:
+        self.started = time.monotonic()
+
+    def about(self) -> Checkpoint:
+        """The description that goes with the present weights."""
+        trainer = self.trainer
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        return Checkpoint(
+            architecture=self.vit.architecture,
+            class_names=self.class_names,
+            preprocess=self.preprocess,
+            temperature=float(self.temperature),
+            metrics=metrics,
+            training={
+                "dataset": str(getattr(getattr(trainer, "datamodule", None), "dataset", "")),
+                "epochs": trainer.current_epoch + 1,
+                "steps": self.global_step,
+                "minutes": round((time.monotonic() - self.started) / 60, 2),
+                "device": device_name(self.device),
+                "devices": trainer.world_size,
+                "precision": str(trainer.precision),
+                "torch": str(torch.__version__),
+                "lightning": str(lightning.__version__),
+            },
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["vit"] = describe(self.about())
+
+    def on_fit_end(self) -> None:
+        """Write ``model.safetensors`` from the best weights, beside the run's other files."""
+        callback = self.trainer.checkpoint_callback
+        if not self.trainer.is_global_zero or not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
+            return
+        model, about = load_checkpoint(callback.best_model_path)
+        save_checkpoint(Path(self.trainer.default_root_dir) / "model.safetensors", model.state_dict(), about)
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the processor's kind and the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
