@@ -20,13 +20,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vit.preprocess import ImageError, Preprocess, open_image
 
 VERSION = 1  # part of every cache file's name: raise it when decoding or the layout changes
 LIMIT = 2 * 2**30  # bytes of pixels of one split; larger ones are decoded batch by batch
-CHUNK = 2**20  # bytes of pixels that a worker sends back at a time
+CHUNK = 2**19  # bytes of pixels that a worker sends back at a time: containers are short of shared memory
 SAMPLE = 2000  # images that stand for a split too large for the cache
 
 
@@ -188,28 +188,37 @@ def decode(files: ImageFiles, num_workers: int, title: str) -> Iterator[Tensor]:
     step = max(1, CHUNK // math.prod(files.shape[1:]))
     chunks = [range(start, min(start + step, len(files))) for start in range(0, len(files), step)]
     loader = DataLoader(
-        _Chunks(files, chunks),  # type: ignore[arg-type]
+        _Chunks(files, chunks),
         batch_size=None,
         collate_fn=_unchanged,
+        worker_init_fn=_silence,
         num_workers=num_workers if len(chunks) > num_workers else 0,
         generator=torch.Generator(),  # the default one would advance the run's random numbers, but only without a cache
     )
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    failures: list[str] = []
+    unreadable: list[str] = []
+    wrong_size = None
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(files))
-        for pixels, failed, count in loader:
-            failures += failed
-            progress.advance(task, count)
-            yield torch.from_numpy(pixels)
-    if failures:
-        more = f" (and {len(failures) - 1} more of {len(files)} files)" if len(failures) > 1 else ""
-        raise DataError(failures[0] + more)
+        for pixels, failures, wrong_size in loader:
+            unreadable += failures
+            if wrong_size:  # rarely the only one: no need to look at the others
+                break
+            progress.advance(task, len(pixels) + len(failures))
+            yield pixels
+    if wrong_size:
+        raise DataError(wrong_size)
+    if unreadable:
+        more = f" (and {len(unreadable) - 1} more of {len(files)} files)" if len(unreadable) > 1 else ""
+        raise DataError(unreadable[0] + more)
 
 
-class _Chunks:
-    """Map-style data set: chunk number -> pixels, failures, number of files tried."""
+class _Chunks(Dataset):
+    """Map-style data set: chunk number -> pixels, errors of unreadable files, error of a wrong size.
+
+    Errors are returned, not raised: a loader whose worker raises takes seconds to shut down.
+    """
 
     def __init__(self, files: ImageFiles, chunks: list[range]):
         self.files, self.chunks = files, chunks
@@ -217,24 +226,29 @@ class _Chunks:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[str], int]:
-        images, failures = [], []
+    def __getitem__(self, index: int) -> tuple[Tensor, list[str], str | None]:
+        images = [torch.empty((0, *self.files.shape[1:]), dtype=torch.uint8)]
+        unreadable = []
         for i in self.chunks[index]:
             try:
                 image = self.files.open(i)
             except DataError as error:
-                failures.append(str(error))
-            else:
-                images.append(
-                    self.files.cut(i, image).numpy()
-                )  # a wrong size ends it at once: it is rarely the only one
-        # arrays, not tensors: they come back through a pipe and need no shared memory, which containers are short of
-        pixels = np.stack(images) if images else np.empty((0, *self.files.shape[1:]), np.uint8)
-        return pixels, failures, len(self.chunks[index])
+                unreadable.append(str(error))
+                continue
+            try:
+                images.append(self.files.cut(i, image).unsqueeze(0))
+            except DataError as error:
+                return images[0], unreadable, str(error)
+        return torch.cat(images), unreadable, None
 
 
 def _unchanged(item):
     return item
+
+
+def _silence(worker: int) -> None:
+    """libtiff prints a line for each odd tag, past Python and into the progress bar; errors come back as values."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def array_header(shape: tuple[int, ...]) -> bytes:
@@ -253,7 +267,7 @@ def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
             if found != header or size != len(header) + math.prod(shape):
                 return None
             return np.memmap(file, dtype=np.uint8, mode="c", offset=len(header), shape=shape)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(f"{path}: cannot read the cache ({error.strerror}); remove it") from None
@@ -275,20 +289,20 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
         try:
+            with open(temporary, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
-        except FileNotFoundError:  # another process was first and cleaned up
-            if not path.exists():
+        except FileNotFoundError:
+            if not path.exists():  # else another process was first and cleaned up
                 raise
+        finally:
+            temporary.unlink(missing_ok=True)
         for left_over in path.parent.glob(f"{path.name}.*.tmp"):  # of killed processes, or of slower ones
             left_over.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path}: cannot write the cache ({reason}); free space or choose another root") from None
-    finally:
-        temporary.unlink(missing_ok=True)

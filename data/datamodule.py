@@ -61,6 +61,8 @@ class TrainOrder(Sampler[Draw]):
     def __init__(
         self, *, size: int, batch_size: int, seed: int, rank: int, world_size: int, position: Callable[[], tuple[int, int]]
     ):
+        if size < world_size:
+            raise DataError(f"{size} training images cannot be shared by {world_size} processes: use fewer devices")
         self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
         self.batch_size = min(batch_size, size // world_size)
         self.position = position
@@ -124,6 +126,7 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
         self.num_workers, self.augment = num_workers, augment
+        self.resumed = 0  # optimiser steps done when this run was resumed
         self._where: dict[str, Any] = {"root": Path(root), "image_size": image_size, "num_workers": num_workers}
 
     # The facts that the model needs; train.py links them to its arguments.
@@ -173,8 +176,15 @@ class ImageDataModule(LightningDataModule):
         if trainer is None:
             return 0, 0
         batches, accumulate = len(self.order), trainer.accumulate_grad_batches
-        epoch, steps = divmod(trainer.global_step, -(-batches // accumulate))
+        # Workers ask for their first batches before the trainer has restored its step.
+        epoch, steps = divmod(max(trainer.global_step, self.resumed), -(-batches // accumulate))
         return epoch, steps * accumulate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.trainer.global_step if self.trainer else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.resumed = state_dict["steps"]
 
     def train_dataloader(self) -> DataLoader:
         self.order = TrainOrder(

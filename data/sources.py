@@ -212,7 +212,7 @@ def list_images(folder: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, np
     counts = parts["train"][2].bincount()
     if "val" not in parts and counts.min() == 1:
         raise DataError(
-            f"{folders['train'] / class_names[int(counts.argmin())]} has one image, too few for training and validation: "
+            f"{folders['train'] / class_names[int(counts.argmin())]} has one image, too few to train and validate: "
             "add images, remove the class or give a val/ folder"
         )
     return class_names, parts
