@@ -40,16 +40,16 @@ class PatchEmbed(nn.Module):
         if stem == "linear":
             self.proj: nn.Module = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         else:
-            first = tuple(max(s for s in range(1, p + 1) if p % s == 0 and s * s <= p) for p in patch_size)
-            second = tuple(p // s for p, s in zip(patch_size, first, strict=True))
+            rows, columns = (max(s for s in range(1, p + 1) if p % s == 0 and s * s <= p) for p in patch_size)
+            first, second = (rows, columns), (patch_size[0] // rows, patch_size[1] // columns)
             self.proj = nn.Sequential(
                 self._conv(in_chans, embed_dim // 2, first), nn.GELU(), self._conv(embed_dim // 2, embed_dim, second)
             )
 
     @staticmethod
-    def _conv(inputs: int, outputs: int, stride: tuple[int, ...]) -> nn.Conv2d:
-        kernel = tuple(max(3, 2 * s - 1) for s in stride)  # odd, so that padding by its half keeps the grid centred
-        return nn.Conv2d(inputs, outputs, kernel, stride, tuple(k // 2 for k in kernel))
+    def _conv(inputs: int, outputs: int, stride: tuple[int, int]) -> nn.Conv2d:
+        height, width = (max(3, 2 * s - 1) for s in stride)  # odd: padding by its half keeps the grid centred
+        return nn.Conv2d(inputs, outputs, (height, width), stride, (height // 2, width // 2))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images)  # (B, D, grid height, grid width)
@@ -219,7 +219,7 @@ class VisionTransformer(nn.Module):
         self.num_prefix_positions = 1 if pool == "token" and not num_registers else 0
         positions = self.grid_size[0] * self.grid_size[1] + self.num_prefix_positions
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(  # Any: a type checker cannot see what a ModuleList holds
             Block(
                 embed_dim=embed_dim,
                 num_heads=num_heads,

@@ -1,0 +1,28 @@
+# Everything runs in .venv, which is made when it is missing or when the dependencies changed.
+PYTHON ?= python3
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## train on handwritten digits, classify held-out ones, draw where the model looked (2 minutes)
+	@.venv/bin/python -m benchmarks.digits
+
+test: $(INSTALLED)  ## run the tests (5 minutes)
+	@.venv/bin/python -m pytest
+
+lint: $(INSTALLED)  ## check style and types
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/pyright
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	@echo "Installing into .venv: about 75 seconds and 5.6 GB"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]' >.venv/install.log 2>&1 \
+		|| { cat .venv/install.log; exit 1; }
+	@touch $@

@@ -1,0 +1,63 @@
+"""Who may import whom, and that nobody pays for torch who only asks for help."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for folder in ("vit", "data") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(text: str) -> Iterator[str]:
+    """Full names of everything a source imports, at the top or inside functions: ``a.b`` for ``from a import b``."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"line {node.lineno}: relative import; write the full name")
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def forbidden(folder: str, name: str) -> bool:
+    """Whether a source in ``folder`` must not import ``name``."""
+    parts = name.split(".")
+    if folder == "vit":
+        return parts[0] in ("data", "train", "predict", "benchmarks", "tests")
+    return parts[0] in ("train", "predict", "benchmarks", "tests") or (
+        parts[0] == "vit" and parts[:2] != ["vit", "preprocess"]
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_direction_of_imports(path):
+    folder = path.relative_to(ROOT).parts[0]
+    assert [name for name in imported(path.read_text()) if forbidden(folder, name)] == []
+
+
+def test_the_check_sees_what_it_must():
+    hidden = (
+        "def f():\n    from data.sources import load\n    import vit.model, vit.preprocess\n    from vit import model"
+    )
+    names = list(imported(hidden))
+    assert [name for name in names if forbidden("vit", name)] == ["data.sources.load"]
+    assert [name for name in names if forbidden("data", name)] == ["vit.model", "vit.model"]
+
+
+def test_no_drawer_for_everything():
+    assert not [path for path in SOURCES if path.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("command", [["-c", "import vit"], ["predict.py", "--help"]], ids=["import vit", "--help"])
+def test_starts_without_torch(command):
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr[-1000:]
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert "vit" in loaded or command[0] == "predict.py"
+    assert loaded.isdisjoint({"torch", "torchvision", "timm", "lightning", "numpy", "matplotlib"})
