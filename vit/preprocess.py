@@ -1,79 +1,150 @@
 """From an image file to what the model was trained on: opening safely, cutting, scaling, normalising.
 
 The numbers (size, mean, std, ...) travel in the checkpoint, so that training and prediction cannot disagree.
+Every function here may run in many threads at once.
 """
 
+import io
+import logging
+import math
+import os
+import threading
 import warnings
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"))
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+)
 MODES = {1: "L", 3: "RGB"}
+DRAFT_GAP = 2  # source pixels left for each target pixel when a JPEG is decoded at a reduced size
+LARGE = 16_000_000  # pixels; images above it are decoded one at a time, so that memory stays flat
+
+# Pillow warns of odd metadata, which is not the user's concern. Said once for the process: a filter around each file
+# (warnings.catch_warnings) would be shared with every other thread.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_one_large = threading.Lock()
 
 
 class ImageError(ValueError):
     """A file that is no image we can read; the message is one line."""
 
 
-def open_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image:
-    """Decode one image file as a person sees it: upright, transparency on white, 16 bits scaled to 8.
+def open_image(
+    source: str | Path | IO[bytes] | Image.Image, mode: str = "RGB", *, min_side: int | None = None
+) -> Image.Image:
+    """Decode one image as a person sees it: upright, in sRGB, transparency on white, 16 bits scaled to 8.
 
     Args:
-        source: Path or binary file of a PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM or AVIF; of an animation the first frame.
+        source: Path or binary file of a PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM or AVIF, or an image opened by Pillow; of
+            an animation the first frame.
         mode: "RGB", or "L" for grey.
+        min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels; none to get
+            every pixel.
 
     Raises:
         ImageError: If it is missing, no image, truncated, of another format, or larger than Pillow's bomb limit.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata is not the user's concern ...
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a bomb is refused
-            with Image.open(source, formats=FORMATS) as image:
+        if isinstance(source, Image.Image):
+            return to_mode(upright(source.copy()), mode)
+        if isinstance(source, str | Path) and not os.path.isfile(source):  # a pipe or a device could wait for ever
+            os.stat(source)  # says what is wrong if there is no such file, or no permission to look
+            raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
+        with Image.open(source, formats=FORMATS) as image:
+            refuse_bomb(image)
+            if min_side is not None and image.format == "JPEG":
+                scale = min_side / min(image.size)
+                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
-                return to_mode(ImageOps.exif_transpose(image), mode)
+                refuse_bomb(image)
+                return to_mode(upright(image), mode)
+    except ImageError:
+        raise
     except Exception as error:  # a corrupt file raises whatever its decoder stumbles on
         raise ImageError(reason(error)) from error
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Refuse sizes of which Pillow only warns: a small file can claim gigabytes of pixels."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ImageError(f"{image.width} x {image.height} pixels, more than the limit of {limit}")
 
 
 def reason(error: Exception) -> str:
     """One line on why an image could not be read."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not an image of a known format ({', '.join(FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more pixels than the limit of {Image.MAX_IMAGE_PIXELS}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    if "cannot identify image file" in text:
-        return f"not an image of a known format ({', '.join(FORMATS)})"
-    return text or type(error).__name__
+    return f"damaged image ({text or type(error).__name__})"
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation asks; a damaged EXIF block is passed over, for the pixels are fine."""
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Convert any Pillow mode to RGB or L without the silent losses of ``convert``."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = scaled_to_8_bits(image)
+    if image.mode in ("RGB", "CMYK", "LAB"):
+        image = to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Colours by the embedded profile, where there is one and it is not sRGB (Adobe RGB, Display P3, print CMYK)."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "LAB":
+        source = ImageCms.createProfile("LAB")
+    elif not profile or b"sRGB" in profile[:4096] or b"s\0R\0G\0B" in profile[:4096]:  # the description, 8 or 16 bit
+        return image
+    else:
+        source = io.BytesIO(profile)
+    try:
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image  # a damaged profile, or one of another colour space: the plain conversion
+    return converted or image
 
 
 def scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float images in grey levels 0 to 255; ``convert`` would clip them to white."""
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        top = 1.0 if np.nanmax(values, initial=0.0) <= 1 else 255.0 if np.nanmax(values) <= 255 else 65535.0
-    else:
-        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
-    values = np.nan_to_num(values * (255.0 / top), nan=0.0, posinf=255.0, neginf=0.0)
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8), "L")
+    """16-bit and float images in grey levels 0 to 255; ``convert`` would clip them to white.
+
+    Sixteen-bit images span 0 to 65535. Those of 32 bits or floats do not say: 1, 255 or 65535, the smallest that
+    holds their largest value.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=65535.0, neginf=0.0)
+    largest = values.max(initial=0)
+    tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    top = next((top for top in tops if largest <= top), 65535)
+    return Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +155,11 @@ class Preprocess:
         image_size: Height and width of the model's input, in pixels.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel, of values in [0, 1].
-        interpolation: Resampling filter by Pillow's name: bicubic, bilinear, lanczos, nearest, box.
+        interpolation: Resampling filter by Pillow's name: bicubic, bilinear, lanczos, nearest, box, hamming.
         crop: Share of the image's shorter side that is kept, in (0, 1].
+
+    Raises:
+        ValueError: If a number is out of its range, or there is no such filter.
     """
 
     image_size: tuple[int, int]
@@ -93,6 +167,19 @@ class Preprocess:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size must be a height and a width of at least 1, got {self.image_size}")
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means for {len(self.std)} standard deviations")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be finite and std above 0, got {self.mean} and {self.std}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be in (0, 1], got {self.crop}")
+        if self.interpolation.upper() not in Image.Resampling.__members__:
+            names = ", ".join(name.lower() for name in Image.Resampling.__members__)
+            raise ValueError(f"interpolation must be one of {names}, got {self.interpolation!r}")
 
     @property
     def mode(self) -> str:
@@ -104,7 +191,7 @@ class Preprocess:
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The centred part (left, top, right, bottom) of an image that the model sees, in the image's pixels."""
         scale = min(height / self.image_size[0], width / self.image_size[1]) * self.crop
-        w, h = scale * self.image_size[1], scale * self.image_size[0]
+        w, h = min(scale * self.image_size[1], width), min(scale * self.image_size[0], height)  # min: rounding
         left, top = (width - w) / 2, (height - h) / 2
         return left, top, left + w, top + h
 
@@ -120,6 +207,14 @@ class Preprocess:
         """uint8 pixels (C, H, W) of an opened image."""
         pixels = np.array(self.cut(image if image.mode == self.mode else to_mode(image, self.mode)))
         return torch.from_numpy(pixels.reshape(*self.image_size, -1)).permute(2, 0, 1).contiguous()
+
+    def load(self, source: str | Path | IO[bytes] | Image.Image) -> Tensor:
+        """uint8 pixels (C, H, W) of a file or an image, decoding a large JPEG no further than the model can see.
+
+        Raises:
+            ImageError: As ``open_image``.
+        """
+        return self(open_image(source, self.mode, min_side=math.ceil(DRAFT_GAP * max(self.image_size) / self.crop)))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Float images (B, C, H, W) with the model's mean and std from uint8 pixels."""

@@ -1,0 +1,117 @@
+"""Classify images: labels and scores on standard output, maps of what counted where asked for.
+
+The command line; what it starts is in vit/run.py. No torch is imported here: ``--help`` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
+
+from vit.run import run
+
+FORMATS = ("table", "json", "jsonl", "csv", "parquet")
+METHODS = ("rollout", "relevance", "last", "legrad", "lrp")  # vit.rollout.METHODS, without importing torch
+DESCRIPTION = "Classify images: records to standard output, in the order of the images; all else to standard error."
+EPILOG = """\
+exit codes: 0 all images classified, 2 usage or configuration, 3 some images failed, 4 none succeeded;
+128 + N stopped by signal N (130 Ctrl-C, 143 termination, 141 the reader of the output went away)
+
+examples:
+  predict.py photo.jpg                                 one image, with the CIFAR-10 weights that come along
+  predict.py photos --recursive --out labels.csv       a tree of folders; --resume goes on if it was stopped
+  predict.py 'photos/**/*.jpg' --maps maps             and where the model looked
+  find / -name '*.png' -print0 | predict.py - --format jsonl | jq .
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        "predict.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("sources", metavar="SOURCE", nargs="*", help="image, folder, glob, or - for paths on standard input")
+    p.add_argument("--checkpoint", metavar="FILE", help="model.safetensors or .ckpt [the shipped CIFAR-10 weights]")
+    p.add_argument("--recursive", action="store_true", help="search folders with their subfolders")
+    p.add_argument("--classes", action="store_true", help="print the class names and stop")
+
+    group = p.add_argument_group("records")
+    group.add_argument("--top-k", metavar="N", type=positive, default=5, help="classes in a record [5]")
+    group.add_argument("--threshold", metavar="P", type=share, help="mark records with a best score below P as unsure")
+    group.add_argument("--format", choices=FORMATS, help="format of the records [by --out's ending, or table]")
+    group.add_argument("--out", metavar="FILE", help="write them here; until all are there they are in FILE.partial")
+    group.add_argument("--resume", action="store_true", help="go on behind the last record of --out (jsonl and csv)")
+
+    group = p.add_argument_group("maps")
+    group.add_argument("--maps", metavar="DIR", help="a map for each image, in folders like theirs, and sheet.png")
+    group.add_argument("--method", choices=METHODS, default="rollout", help="how maps are made [rollout]")
+    group.add_argument("--report", metavar="FILE.html", help="a page of the first 200 images with maps and scores")
+
+    group = p.add_argument_group("speed")
+    group.add_argument("--batch-size", metavar="N", type=positive, help="images computed at once [64; GPU 256]")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="bfloat16 moves scores by about 0.01, labels not [auto: bfloat16 if the hardware has it]",
+    )
+    group.add_argument("--workers", metavar="N", type=positive, help="threads that decode [one a core]")
+    group.add_argument(
+        "--shard", metavar="I/N", type=shard, default=(1, 1), help="only every Nth batch, from the Ith on (1 to N)"
+    )
+    return p
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number in [0, 1]."""
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """I and N of ``I/N``."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/4")
+    return int(part), int(parts)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    try:
+        options = parser().parse_intermixed_args(args)
+        check(options)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    return run(options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together; choose the format."""
+    error = parser().error
+    if not options.sources and not options.classes:
+        error("name at least one image, folder or glob (or - to read paths)")
+    if options.format is None:
+        ending = os.path.splitext(options.out or "")[1].removeprefix(".").lower()
+        options.format = ending if ending in FORMATS else "table"
+    if options.format == "parquet" and not options.out:
+        error("--format parquet needs --out FILE")
+    if options.format == "parquet" and not find_spec("pyarrow"):
+        error("--format parquet needs pyarrow: pip install pyarrow")
+    if options.resume and not (options.out and options.format in ("jsonl", "csv")):
+        error("--resume needs --out FILE with --format jsonl or csv")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Which images a command line names: walking, globs, standard input; against glob and os.walk where they apply."""
+
+import glob
+import io
+import os
+from itertools import islice
+
+import pytest
+
+from vit.inputs import Inputs, Unreadable, expand, read_paths
+
+ODD = [b"a b.png", b"new\nline.png", b"\xc3\xbc.png", b"\xff\xfe.png", b"[1].png", b"-x.png", b"quote'\".PNG"]
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_a_folder_gives_its_images_by_name_and_counts_the_rest(tmp_path):
+    touch(*(tmp_path / name for name in ("b.jpg", "a.PNG", "c.txt", "noending", "sub/d.png")))
+    inputs = Inputs([str(tmp_path)])
+    assert list(inputs) == [f"{tmp_path}/a.PNG", f"{tmp_path}/b.jpg"]
+    assert inputs.passed_over == {".txt": 1, "": 1}
+    assert list(inputs) == [f"{tmp_path}/a.PNG", f"{tmp_path}/b.jpg"]  # again from the start
+    assert list(Inputs([str(tmp_path)], recursive=True))[-1] == f"{tmp_path}/sub/d.png"
+
+
+def test_odd_names_come_through_unharmed(tmp_path):
+    for name in ODD:
+        (tmp_path / os.fsdecode(name)).touch()
+    found = [os.path.basename(os.fsencode(str(path))) for path in Inputs([str(tmp_path)])]
+    assert sorted(found) == sorted(ODD)
+    assert list(Inputs([f"{tmp_path}/[1].png"])) == [f"{tmp_path}/[1].png"]  # a file, not a pattern
+
+
+def test_links_are_followed_but_not_in_circles_and_folders_named_like_images_are_folders(tmp_path):
+    touch(tmp_path / "tree/x.jpg/inside.png", tmp_path / "other/b.png")
+    (tmp_path / "tree/up").symlink_to(tmp_path / "tree")
+    (tmp_path / "tree/other").symlink_to(tmp_path / "other")
+    (tmp_path / "tree/self.png").symlink_to(tmp_path / "tree/self.png")
+    found = list(Inputs([str(tmp_path / "tree")], recursive=True))
+    assert found == [f"{tmp_path}/tree/{name}" for name in ("other/b.png", "self.png", "x.jpg/inside.png")]
+    assert list(Inputs([str(tmp_path / "tree/x.jpg")])) == [f"{tmp_path}/tree/x.jpg/inside.png"]
+
+
+def test_what_leads_to_no_image_takes_a_place(tmp_path):
+    (tmp_path / "empty").mkdir()
+    nothing, pattern, missing = f"{tmp_path}/empty", f"{tmp_path}/*.gif", f"{tmp_path}/missing.png"
+    assert list(Inputs([nothing, pattern, missing])) == [
+        Unreadable(nothing, "no images in this folder; --recursive looks into its subfolders"),
+        Unreadable(pattern, "no file matches"),
+        missing,  # which opening will find out
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_may_not_be_read_takes_a_place(tmp_path):
+    touch(tmp_path / "closed/a.png", tmp_path / "z.png")
+    (tmp_path / "closed").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        found = list(Inputs([str(tmp_path)], recursive=True))
+    finally:
+        os.seteuid(0)
+    assert found == [Unreadable(f"{tmp_path}/closed", "Permission denied"), f"{tmp_path}/z.png"]
+
+
+def test_the_same_image_twice_is_two_images(tmp_path):
+    touch(tmp_path / "a.png")
+    assert list(Inputs([f"{tmp_path}/a.png", str(tmp_path)])) == [f"{tmp_path}/a.png"] * 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*.png", "**/*.png", "**", "a/**/c?.jpg", "*/*", "?[ab]*", "**/b/**/*", "**/**/*.png", ".*", "a/b/c1.jpg", "x/*"],
+)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_globs_match_what_glob_matches_in_a_fixed_order(pattern, absolute, tmp_path, monkeypatch):
+    names = ["1.png", "ab.png", "aa/2.png", "a/b/c1.jpg", "a/c2.jpg", "a/b/b/c3.jpg", ".hidden.png", ".dot/3.png"]
+    touch(*(tmp_path / name for name in names))
+    (tmp_path / "a/link").symlink_to(tmp_path / "aa")
+    monkeypatch.chdir(tmp_path)
+    pattern = f"{tmp_path}/{pattern}" if absolute else pattern
+    expected = {path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    if "**" in pattern:  # glob goes through links there, and so twice to a file or for ever
+        expected = {path for path in expected if "link" not in path}
+    found = list(expand(pattern))
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    assert found == list(expand(pattern))
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\0", b"\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_paths_on_standard_input(ending, last):
+    names = [name for name in ODD if ending == b"\0" or b"\n" not in name]
+    stream = io.BytesIO(ending.join(names) + ending * last)
+    assert [os.fsencode(path) for path in read_paths(stream)] == names
+
+
+def test_paths_longer_than_a_block_are_whole():
+    names = [f"{'x' * 300}{i}.png" for i in range(2000)]
+    assert list(read_paths(io.BytesIO("\n".join(names).encode()))) == names
+
+
+def test_a_hundred_thousand_paths_are_not_loaded_first():
+    class Endless(io.RawIOBase):
+        read_so_far = 0
+
+        def readable(self):
+            return True
+
+        def read1(self, size):
+            self.read_so_far += 1
+            return b"a.png\n" * 100
+
+    stream = Endless()
+    assert list(islice(Inputs(["-"], stdin=stream), 1000)) == ["a.png"] * 1000  # pyright: ignore
+    assert stream.read_so_far == 10

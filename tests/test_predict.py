@@ -1,0 +1,336 @@
+"""The command: records, exit codes, and what it leaves behind when it is stopped in any way."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from vit import Predictor
+from vit.checkpoint import Checkpoint, save_checkpoint
+from vit.model import VisionTransformer
+from vit.preprocess import Preprocess
+from vit.rollout import METHODS
+
+ROOT = Path(__file__).parent.parent
+NAMES = tuple(f"class {i}" for i in range(7))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A file of random weights whose predictions differ from image to image."""
+    torch.manual_seed(3)
+    model = VisionTransformer(image_size=16, patch_size=8, num_classes=7, embed_dim=32, depth=2, num_heads=2)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    preprocess = Preprocess(image_size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+    about = Checkpoint(architecture=model.architecture, class_names=NAMES, preprocess=preprocess)
+    return str(save_checkpoint(tmp_path_factory.mktemp("weights") / "model.safetensors", model.state_dict(), about))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """120 images under names that are no valid text, have newlines, or repeat in folders; every tenth is broken."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(120):
+        (folder / f"{i % 3}").mkdir(exist_ok=True)
+        name = os.fsencode(folder) + b"/%d/" % (i % 3) + [b"%d.png", b"\xff%d.png", b"a\n%d.png"][i % 3] % (i // 3)
+        with open(name, "wb") as file:
+            pixels = generator.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((20, 20)).save(file, "PNG")
+            if i % 10 == 9:
+                file.truncate(60)
+    return folder
+
+
+@pytest.fixture
+def run(checkpoint, capfd):
+    """Calls the command; gives its exit code, standard output and standard error."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = predict.main(["--checkpoint", checkpoint, "--device", "cpu", *map(str, args)])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def start(checkpoint):
+    """Starts the command in a process of its own that has its imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["predict", "vit.predictor"])
+
+    def start(*args: object) -> multiprocessing.Process:
+        arguments = ["--checkpoint", checkpoint, "--device", "cpu", *map(str, args)]
+        process = context.Process(target=command, args=(arguments,))
+        process.start()
+        return process  # pyright: ignore
+
+    return start
+
+
+def command(args: list[str]) -> None:
+    torch.set_num_threads(1)
+    sys.exit(predict.main(args))
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition, process) -> None:
+    while not condition() and process.is_alive():
+        time.sleep(0.001)
+
+
+# ---- records and exit codes --------------------------------------------------------------------------------------
+
+
+def test_every_format_holds_what_the_predictor_says(run, images, checkpoint):
+    code, out, err = run(images, "--recursive", "--format", "jsonl", "--top-k", 3, "--precision", "float32")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 3
+    assert len(records) == 120
+    assert sum("error" in record for record in records) == 12
+    paths = [record["path"] for record in records]
+    assert paths == sorted(paths)
+    predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
+    for record in records[:20]:
+        if "error" not in record:
+            expected = list(predictor.predict(record["path"]).scores.items())[:3]
+            assert [p["label"] for p in record["predictions"]] == [label for label, _ in expected]
+            assert [p["score"] for p in record["predictions"]] == pytest.approx([s for _, s in expected], abs=2e-6)
+    assert "120 images" in err
+    assert "108 classified, 12 failed" in err
+
+    options = (images, "--recursive", "--top-k", 3, "--precision", "float32", "--format")
+    assert json.loads(run(*options, "json")[1]) == records
+    rows = list(csv.DictReader(io.StringIO(run(*options, "csv")[1], newline="")))
+    assert [row["label_2"] for row in rows] == [
+        r["predictions"][1]["label"] if "error" not in r else "" for r in records
+    ]
+    assert [row["error"] for row in rows] == [record.get("error", "") for record in records]
+    table = run(*options, "table")[1].splitlines()
+    assert len(table) == 120
+    assert all(("error:" in row) == ("error" in record) for row, record in zip(table, records, strict=True))
+
+
+def test_exit_codes(run, images, tmp_path):
+    good, bad = images / "0/0.png", tmp_path / "missing.png"
+    assert run(good)[0] == 0
+    assert run(good, bad)[0] == 3
+    assert run(bad)[0] == 4
+    assert run(tmp_path)[0] == 4
+    _, out, err = run(bad, "--format", "jsonl")
+    assert json.loads(out) == {"path": str(bad), "error": "no such file"}
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "name at least one image"),
+        (["a", "--top-k", "0"], "'0' is not a whole number of at least 1"),
+        (["a", "--threshold", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["a", "--shard", "3/2"], "'3/2' is not I/N with I from 1 to N"),
+        (["a", "--resume"], "--resume needs --out FILE"),
+        (["a", "--resume", "--out", "x.json"], "--resume needs --out FILE"),
+        (["a", "--format", "parquet"], "--format parquet needs --out FILE"),
+        (["a", "--format", "xml"], "invalid choice: 'xml'"),
+        (["a", "--checkpoint", "/nowhere/model.safetensors"], "/nowhere/model.safetensors: no such checkpoint file"),
+        (["a", "--device", "gpu"], "no device 'gpu'"),
+        (["a", "--out", "/dev/full"], "/dev/full: No space left on device"),
+        (["a", "--out", "/proc/no/file"], "/proc/no/file: No such file or directory"),
+    ],
+)
+def test_usage_errors(args, message, run):
+    code, out, err = run(*args)
+    assert code == 2
+    assert out == ""
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_classes_threshold_and_top_k(run, images):
+    assert run("--classes")[:2] == (0, "".join(f"{name}\n" for name in NAMES))
+    _, out, err = run(images / "0", "--format", "jsonl", "--threshold", 0.5, "--top-k", 100)
+    good = [record for record in map(json.loads, out.splitlines()) if "error" not in record]
+    assert all(len(record["predictions"]) == len(NAMES) for record in good)
+    unsure = [record["predictions"][0]["score"] < 0.5 for record in good]
+    assert [record["unsure"] for record in good] == unsure
+    assert 0 < sum(unsure) < len(good)
+    assert f"{sum(unsure)} unsure" in err
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\0"])
+def test_paths_on_standard_input(ending, run, images, monkeypatch):
+    paths = [path for path in sorted(os.listdir(os.fsencode(images / "1")))]
+    stdin = io.TextIOWrapper(io.BytesIO(ending.join(os.fsencode(images / "1") + b"/" + path for path in paths)))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    _, out, _ = run("-", "--format", "jsonl")
+    assert [os.fsencode(Path(json.loads(line)["path"]).name) for line in out.splitlines()] == paths
+
+
+def test_methods_are_those_of_the_library():
+    assert set(predict.METHODS) == set(METHODS)
+
+
+# ---- maps --------------------------------------------------------------------------------------------------------
+
+
+def test_maps_sheet_and_report(run, images, tmp_path):
+    maps, report = tmp_path / "maps", tmp_path / "report.html"
+    options = (images, "--recursive", "--format", "jsonl")
+    code, out, _ = run(*options, "--maps", maps, "--report", report, "--method", "relevance")
+    assert code == 3
+    records = [json.loads(line) for line in out.splitlines()]
+    plain = [json.loads(line) for line in run(*options, "--precision", "float32")[1].splitlines()]
+    for record, expected in zip(records, plain, strict=True):
+        if "error" in record:
+            assert record == expected
+            continue
+        assert record["path"] == expected["path"]
+        for a, b in zip(record["predictions"], expected["predictions"], strict=True):
+            assert a["score"] == pytest.approx(b["score"], abs=2e-6)
+        with Image.open(record["map"]) as picture:
+            picture.verify()
+    assert len({record.get("map") for record in records}) == 108 + 1
+    with Image.open(maps / "sheet.png") as sheet:
+        assert min(sheet.size) > 1000
+    assert "class 3" in report.read_text("utf-8")
+
+
+def test_a_map_that_cannot_be_written_is_named(run, images, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = run(images / "0/0.png", "--maps", tmp_path / "file")
+    assert code == 2
+    assert f"{tmp_path}/file/" in err
+    assert "Traceback" not in err
+
+
+# ---- parts and stops ---------------------------------------------------------------------------------------------
+
+
+def test_shards_are_one_run(run, images):
+    options = (images, "--recursive", "--format", "jsonl", "--batch-size", 8)
+    whole = run(*options)[1].splitlines()
+    parts = [run(*options, "--shard", f"{i}/4")[1].splitlines() for i in range(1, 5)]
+    assert sorted(line for part in parts for line in part) == sorted(whole)
+    assert min(map(len, parts)) >= 24
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_killed_at_any_moment_and_gone_on_with(ending, start, images, tmp_path):
+    out, partial = tmp_path / f"out.{ending}", tmp_path / f"out.{ending}.partial"
+    options = (images, "--recursive", "--batch-size", 4, "--out", out)
+    process = start(*options)
+    process.join(60)
+    assert process.exitcode == 3
+    whole = out.read_bytes()
+    out.unlink()
+    rng = random.Random(ending)
+    kills: list[bool] = []
+    while sum(kills) < 10:  # and ten of the other format
+        size = 0
+        while not out.exists():
+            process = start(*options, "--resume")
+            size = rng.randint(size, len(whole) + 4000)
+            wait_for(lambda target=size: partial.exists() and partial.stat().st_size >= target, process)
+            time.sleep(rng.random() * 0.003)
+            process.kill()
+            process.join(60)
+            kills.append(process.exitcode == -signal.SIGKILL)
+        assert out.read_bytes() == whole
+        out.unlink()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(number, code, checkpoint, images, tmp_path):
+    fifo, out = tmp_path / "paths", tmp_path / "out.jsonl"
+    os.mkfifo(fifo)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=fed,
+        args=(fifo, tmp_path / "err", ["--checkpoint", checkpoint, "-", "--batch-size", "4", "--out", str(out)]),
+    )
+    process.start()
+    with fifo.open("wb", buffering=0) as paths:
+        paths.write(b"%s/0/0.png\n" % os.fsencode(images) * 40)
+        partial = tmp_path / "out.jsonl.partial"
+        wait_for(lambda: lines(partial) >= 4, process)
+        os.kill(process.pid or 0, number)
+        process.join(60)
+    assert process.exitcode == code
+    assert not out.exists()
+    records = [json.loads(line) for line in partial.read_bytes().splitlines()]
+    assert all("predictions" in record for record in records)
+    err = (tmp_path / "err").read_text()
+    assert f"{len(records)} images" in err
+    assert f"stopped by {number.name}; the records so far are in {out}.partial; --resume goes on" in err
+
+
+def fed(paths: Path, err: Path, args: list[str]) -> None:
+    """The command with standard input and standard error on files."""
+    sys.stdin, sys.stderr = paths.open(), err.open("w")
+    command(args)
+
+
+def test_resuming_refuses_other_images_and_other_options(run, images, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = (images, "--recursive", "--batch-size", 8, "--out", out)
+    assert run(*options)[0] == 3
+    whole = out.read_bytes()
+    assert run(*options, "--resume")[0] == 3  # nothing left to do
+    assert out.read_bytes() == whole
+    code, _, err = run(images / "1", *options[1:], "--resume")
+    assert code == 2
+    assert "where the images now have" in err
+    code, _, err = run(*options, "--top-k", 2, "--resume")
+    assert code == 2
+    assert "other weights, options or machine" in err
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == whole
+
+
+def test_a_reader_that_goes_away(checkpoint, images):
+    text = f"{sys.executable} predict.py --checkpoint {checkpoint} '{images}/**' --batch-size 4 --format jsonl"
+    result = subprocess.run(
+        ["bash", "-c", f"{text} | head -n 1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, timeout=100
+    )
+    assert result.returncode in (141, 3)  # 3: all was in the pipe before its reader went
+    assert b"predictions" in result.stdout
+    assert b"Traceback" not in result.stderr
+    assert b"Exception" not in result.stderr
+
+
+# ---- hostile files -----------------------------------------------------------------------------------------------
+
+
+def test_pillow_s_own_test_images(checkpoint, pillow_images, tmp_path):
+    """One record for every file, no traceback, within a minute and 1.5 GB."""
+    out = tmp_path / "out.jsonl"
+    args = ["--checkpoint", checkpoint, f"{pillow_images}/**", "--out", str(out)]
+    with (tmp_path / "err").open("wb") as err:
+        process = subprocess.Popen([sys.executable, "predict.py", *args], cwd=ROOT, stdout=err, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 3
+    files = [path for path in pillow_images.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    records = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert sorted(record["path"] for record in records) == sorted(map(str, files))
+    assert sum("predictions" in record for record in records) > 600
+    said = (tmp_path / "err").read_text()
+    assert len(said.splitlines()) <= 3, said  # the summary, and nothing that a library said
+    assert usage.ru_utime + usage.ru_stime < 60
+    assert usage.ru_maxrss < 1.5 * 2**20  # kB

@@ -1,0 +1,208 @@
+"""The Python interface, against the model run by hand."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vit
+from vit import Explanation, Prediction, Predictor
+from vit.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from vit.model import VisionTransformer
+from vit.predictor import batches
+from vit.preprocess import ImageError, Preprocess
+from vit.rollout import attention_map
+
+NAMES = ("cat", "dog", "frog")
+SIZE = (16, 24)  # height, width
+
+
+def checkpoint(path, *, scale: float = 0.5, temperature: float = 1.0, channels: int = 3):
+    """A file of random weights whose predictions differ from image to image."""
+    model = VisionTransformer(
+        image_size=SIZE, patch_size=8, in_chans=channels, num_classes=len(NAMES), embed_dim=32, depth=2, num_heads=2
+    )
+    torch.nn.init.normal_(model.head.weight, std=scale)
+    preprocess = Preprocess(image_size=SIZE, mean=(0.5,) * channels, std=(0.25,) * channels)
+    about = Checkpoint(
+        architecture=model.architecture, class_names=NAMES, preprocess=preprocess, temperature=temperature
+    )
+    return save_checkpoint(path, model.state_dict(), about)
+
+
+@pytest.fixture
+def predictor(tmp_path) -> Predictor:
+    return Predictor.from_checkpoint(checkpoint(tmp_path / "model.safetensors"), device="cpu")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [
+        Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((30 + i, 40))
+        for i in range(count)
+    ]
+
+
+def by_hand(predictor: Predictor, image: Image.Image) -> torch.Tensor:
+    with torch.no_grad():
+        pixels = predictor.preprocess(image)[None]
+        logits = predictor.model(predictor.preprocess.normalize(pixels))
+        return (logits / predictor.about.temperature).softmax(1)[0]
+
+
+def test_a_prediction_is_the_model_s(predictor):
+    for image in pictures(5):
+        prediction = predictor.predict(image)
+        scores = by_hand(predictor, image)
+        torch.testing.assert_close(torch.tensor([prediction.scores[n] for n in NAMES]), scores, atol=1e-6, rtol=0)
+        assert prediction.label == NAMES[scores.argmax()]
+        assert prediction.score == prediction.scores[prediction.label] == max(prediction.scores.values())
+        assert list(prediction.scores.values()) == sorted(prediction.scores.values(), reverse=True)
+        with pytest.raises(FrozenInstanceError):
+            prediction.label = "other"  # pyright: ignore
+
+
+def test_temperature_divides_the_logits(tmp_path):
+    torch.manual_seed(1)
+    one = Predictor.from_checkpoint(checkpoint(tmp_path / "1.safetensors"))
+    torch.manual_seed(1)
+    three = Predictor.from_checkpoint(checkpoint(tmp_path / "3.safetensors", temperature=3.0))
+    (image,) = pictures(1)
+    a = torch.tensor([one.predict(image).scores[name] for name in NAMES])
+    b = torch.tensor([three.predict(image).scores[name] for name in NAMES])
+    torch.testing.assert_close((a.log() / 3).softmax(0), b)
+
+
+def test_path_file_and_image_are_one(predictor, tmp_path):
+    (image,) = pictures(1)
+    image.save(tmp_path / "a.png")
+    expected = predictor.predict(image)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), io.BytesIO((tmp_path / "a.png").read_bytes())):
+        assert predictor.predict(source) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_a_stream_keeps_order_and_goes_on_behind_failures(batch_size, predictor, tmp_path):
+    images = pictures(5)
+    (tmp_path / "bad.png").write_text("no image")
+    sources = [*images[:2], str(tmp_path / "bad.png"), *images[2:], tmp_path / "missing.png"]
+    results = list(predictor.predict_iter(sources, batch_size=batch_size, workers=2))
+    good = [result for result in results if isinstance(result, Prediction)]
+    for image, result in zip(images, good, strict=True):
+        assert result.scores == pytest.approx(predictor.predict(image).scores, abs=1e-6)
+    assert isinstance(results[2], ImageError)
+    assert str(results[2]).startswith(f"{tmp_path}/bad.png: not an image")
+    assert str(results[6]) == f"{tmp_path}/missing.png: no such file"
+    with pytest.raises(ImageError, match=r"missing\.png: no such file"):
+        predictor.predict(tmp_path / "missing.png")
+
+
+def test_a_stream_takes_no_more_than_it_needs(predictor):
+    (image,) = pictures(1)
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield image
+
+    stream = predictor.predict_iter(endless(), batch_size=4)
+    assert isinstance(next(stream), Prediction)
+    assert taken <= 4 * 4
+    stream.close()
+
+
+def test_threads_get_what_one_gets(predictor):
+    images = pictures(16)
+    alone = [predictor.predict(image) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(predictor.predict, images)) == alone
+
+
+def test_bfloat16_agrees_on_the_label(tmp_path):
+    path = checkpoint(tmp_path / "model.safetensors", scale=0.3)
+    exact = Predictor.from_checkpoint(path, device="cpu")
+    fast = Predictor.from_checkpoint(path, device="cpu", precision="bfloat16")
+    images = pictures(200)
+    a, b = list(exact.predict_iter(images)), list(fast.predict_iter(images))
+    assert [p.label for p in a] == [p.label for p in b]  # pyright: ignore
+    differences = [abs(p.score - q.score) for p, q in zip(a, b, strict=True)]  # pyright: ignore
+    assert 0 < max(differences) < 0.02  # another computation, to two digits
+
+
+def test_explanation_is_the_map_of_that_pass(predictor):
+    image = pictures(1)[0].resize((100, 50))
+    explanation = predictor.explain(image)
+    assert isinstance(explanation, Explanation)
+    pixels = predictor.preprocess.normalize(predictor.preprocess(image)[None])
+    logits, maps = attention_map(predictor.model, pixels, method="rollout")
+    np.testing.assert_allclose(explanation.grid, maps[0], atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor([explanation.prediction.scores[name] for name in NAMES]), logits.softmax(1)[0]
+    )
+    assert explanation.prediction.scores == pytest.approx(predictor.predict(image).scores, abs=1e-6)
+    assert explanation.box == (12.5, 0, 87.5, 50)
+    assert explanation.map.shape == (50, 76)  # the pixels of the box, its edges rounded
+    assert (explanation.map.min(), explanation.map.max()) == pytest.approx((0, 1), abs=0.05)
+    assert explanation.target == explanation.prediction.label
+    assert isinstance(explanation.overlay(), Image.Image)
+
+
+def test_explanation_of_a_class(predictor):
+    (image,) = pictures(1)
+    maps = {name: predictor.explain(image, target=name) for name in NAMES}
+    assert all(e.method == "relevance" and e.target == name for name, e in maps.items())
+    assert not np.allclose(maps["cat"].grid, maps["dog"].grid)
+    assert maps["cat"].caption == f"cat {maps['cat'].prediction.scores['cat']:.1%}"
+    with pytest.raises(ValueError, match="no class 'horse'; the classes are cat, dog, frog"):
+        predictor.explain(image, target="horse")
+    with pytest.raises(ValueError, match="method 'magic' is not one of rollout"):
+        predictor.explain(image, method="magic")
+    with pytest.raises(ImageError, match="nowhere: no such file"):
+        predictor.explain("nowhere")
+
+
+def test_what_cannot_be_built_is_said_in_one_line(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path / "model.safetensors")
+    for options, message in {
+        ("device", "gpu"): "no device 'gpu'",
+        ("device", "cuda:77"): "device 'cuda:77' cannot be used",
+        ("precision", "int3"): "precision must be auto, float32 or bfloat16, got 'int3'",
+    }.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            Predictor.from_checkpoint(path, **dict([options]))  # pyright: ignore
+        assert "\n" not in str(caught.value)
+    with pytest.raises(
+        CheckpointError, match=r"five\.safetensors: image files have 1 or 3 channels, the model expects 5"
+    ):
+        Predictor.from_checkpoint(checkpoint(tmp_path / "five.safetensors", channels=5))
+    monkeypatch.setattr("vit.predictor.SHIPPED", tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors: the weights that come with the code are missing"):
+        Predictor.from_checkpoint()
+
+
+def test_a_model_that_gives_no_numbers_is_an_error(predictor):
+    predictor.model.head.weight.data[0] = torch.nan
+    (result,) = predictor.predict_iter(pictures(1))
+    assert isinstance(result, ImageError)
+    assert "no number" in str(result)
+
+
+def test_grey_model(tmp_path):
+    predictor = Predictor.from_checkpoint(checkpoint(tmp_path / "grey.safetensors", channels=1))
+    (image,) = pictures(1)
+    assert predictor.predict(image) == predictor.predict(image.convert("L"))
+
+
+def test_batches():
+    assert list(batches(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batches([], 2)) == []
+
+
+def test_names_from_the_package():
+    assert (vit.Predictor, vit.Prediction, vit.Explanation) == (Predictor, Prediction, Explanation)

@@ -1,0 +1,294 @@
+"""Opening files safely and as a person sees them; cutting and scaling; against files made in known ways."""
+
+import io
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from torchvision.transforms.v2.functional import center_crop, normalize, pil_to_tensor
+
+from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
+
+PREPROCESS = Preprocess(image_size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def picture(width: int = 48, height: int = 40) -> Image.Image:
+    """Colour gradients with some texture."""
+    y, x = np.mgrid[:height, :width]
+    red, green = 255 * x / (width - 1), 255 * y / (height - 1)
+    blue = 128 + 90 * np.sin(x / 3) * np.cos(y / 4)
+    return Image.fromarray(np.stack([red, green, blue], -1).round().astype(np.uint8))
+
+
+def stored(image: Image.Image, format: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    file.seek(0)
+    return file
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """Mean absolute difference, in grey levels of 255."""
+    assert a.size == b.size
+    assert a.mode == b.mode
+    return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean())
+
+
+# ---- modes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "format", "tolerance"),
+    [
+        ("1", "PNG", 0),
+        ("L", "PNG", 0),
+        ("LA", "PNG", 0),
+        ("P", "GIF", 0),
+        ("P", "PNG", 0),
+        ("RGB", "WEBP", 6),
+        ("RGBA", "PNG", 0),
+        ("CMYK", "TIFF", 1),
+        ("CMYK", "JPEG", 8),
+        ("YCbCr", "JPEG", 6),
+        ("I", "TIFF", 0),
+        ("F", "TIFF", 1),
+        ("RGB", "AVIF", 6),
+        ("RGB", "BMP", 0),
+        ("RGB", "PPM", 0),
+    ],
+)
+def test_every_mode_looks_as_it_was_stored(mode, format, tolerance):
+    image = picture().convert(mode)
+    reference = (image.convert("L") if mode in ("I", "F") else image).convert("RGB")
+    assert difference(open_image(stored(image, format)), reference) <= tolerance
+    assert PREPROCESS.load(stored(image, format)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_grey_equals_its_8_bit_source(format):
+    grey = picture().convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    opened = open_image(stored(deep, format), "L")
+    assert difference(opened, grey) == 0
+
+
+def test_floats_in_0_to_1_and_in_0_to_65535_and_no_numbers():
+    grey = np.asarray(picture().convert("L"), dtype=np.float32)
+    for scale in (1 / 255, 1, 257):
+        opened = open_image(stored(Image.fromarray(grey * np.float32(scale)), "TIFF"), "L")
+        assert np.abs(np.asarray(opened, dtype=float) - grey).max() <= 1
+    broken = grey / 255
+    broken[0] = np.nan
+    broken[1] = -np.inf
+    opened = np.asarray(open_image(stored(Image.fromarray(broken), "TIFF"), "L"))
+    assert (opened[:2] == 0).all()
+    assert np.abs(opened[2:].astype(float) - grey[2:]).max() <= 1
+
+
+def test_transparency_is_on_white_and_hidden_colours_stay_hidden():
+    image = picture().convert("RGBA")
+    image.paste((255, 0, 0, 0), (0, 0, 10, 10))  # invisible red
+    image.paste((0, 0, 0, 128), (10, 0, 20, 10))  # half black
+    pixels = np.asarray(open_image(stored(image, "PNG")))
+    assert (pixels[:10, :10] == 255).all()
+    assert (np.abs(pixels[:10, 10:20].astype(int) - 127) <= 1).all()
+    palette = Image.new("P", (8, 8), 3)
+    palette.putpalette([0, 0, 0] * 3 + [200, 10, 10] + [0, 0, 0] * 252)
+    pixels = np.asarray(open_image(stored(palette, "PNG", transparency=3)))
+    assert (pixels == 255).all()
+
+
+def test_animation_is_its_first_frame():
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
+    for format in ("GIF", "WEBP", "PNG", "TIFF"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        opened = open_image(stored(frames[0], format, save_all=True, append_images=frames[1:], **options))
+        assert difference(opened, frames[0]) == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_eight_orientations_are_one_picture(orientation):
+    image = picture(50, 32)
+    undo = [None, 0, 3, 1, 5, 2, 6, 4][orientation - 1]  # Image.Transpose that the viewer will take back
+    turned = image if undo is None else image.transpose(Image.Transpose(undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert difference(open_image(stored(turned, "PNG", exif=exif)), image) == 0
+    torch.testing.assert_close(
+        PREPROCESS.load(stored(turned, "PNG", exif=exif)), PREPROCESS.load(image), atol=0, rtol=0
+    )
+
+
+def test_damaged_exif_does_not_cost_the_image():
+    image = picture()
+    file = stored(image, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12nonsense")
+    assert difference(open_image(file), image) == 0
+
+
+def test_colours_go_by_the_profile():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swap = {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}
+    count = int.from_bytes(srgb[128:132], "big")
+    tags = b"".join(swap.get(tag[:4], tag[:4]) + tag[4:] for tag in (srgb[132 + 12 * i :][:12] for i in range(count)))
+    swapped = (srgb[:132] + tags + srgb[132 + len(tags) :]).replace(b"s\0R\0G\0B", b"t\0e\0s\0t")
+    image = picture()
+    assert difference(open_image(stored(image, "PNG", icc_profile=srgb)), image) == 0
+    red, green, blue = image.split()
+    expected = Image.merge("RGB", (green, red, blue))  # a profile in which red is called green
+    assert difference(open_image(stored(image, "PNG", icc_profile=swapped)), expected) < 2
+    assert difference(open_image(stored(image, "PNG", icc_profile=b"damaged")), image) == 0
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_truncated_file_is_refused_not_half_read(format):
+    whole = stored(picture(100, 80), format).getvalue()
+    open_image(io.BytesIO(whole))
+    with pytest.raises(ImageError):
+        open_image(io.BytesIO(whole[: len(whole) * 2 // 3]))
+
+
+def test_other_formats_are_refused_whatever_their_name(tmp_path):
+    picture().save(tmp_path / "a.png", "PCX")
+    with pytest.raises(ImageError, match="not an image of a known format"):
+        open_image(tmp_path / "a.png")
+
+
+def test_what_is_no_file_is_said_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "empty.png").touch()
+    for name, message in {
+        "missing.png": "no such file",
+        "pipe.png": "not a regular file",
+        "folder.png": "a folder, not an image file",
+        "loop.png": "symbolic links",
+        "empty.png": "not an image of a known format",
+        "nul\0.png": "null",
+    }.items():
+        with pytest.raises(ImageError, match=message) as caught:
+            open_image(f"{tmp_path}/{name}")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [1000, 1900])  # Pillow raises above twice the limit and only warns below that
+def test_bombs_are_refused(limit, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ImageError, match=f"limit of {limit}"):
+        open_image(stored(picture(48, 45), "PNG"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_mutated_files_neither_crash_nor_hang():
+    """2,000 files with some bytes changed, cut out or repeated: a picture or an ImageError, at once."""
+    rng = random.Random(0)
+    options = {"GIF": {"save_all": True, "append_images": [picture(60, 60)]}, "TIFF": {"compression": "tiff_lzw"}}
+    seeds = [
+        stored(picture(60, 60), f, **options.get(f, {})).getvalue() for f in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")
+    ]
+    outcomes = {"picture": 0, "refused": 0}
+    for i in range(2000):
+        data = bytearray(seeds[i % len(seeds)])
+        for _ in range(rng.randint(1, 8)):
+            at = rng.randrange(min(len(data), 200) if rng.random() < 0.5 else len(data))  # headers matter most
+            match rng.randrange(3):
+                case 0:
+                    data[at] = rng.randrange(256)
+                case 1:
+                    del data[at : at + rng.randint(1, 20)]
+                case 2:
+                    data[at:at] = data[at : at + rng.randint(1, 20)]
+        begin = time.process_time()
+        try:
+            open_image(io.BytesIO(data))
+            outcomes["picture"] += 1
+        except ImageError:
+            outcomes["refused"] += 1
+        assert time.process_time() - begin < 2
+    assert min(outcomes.values()) > 200, outcomes
+
+
+# ---- what the model sees -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (33, 31), (32, 32)])
+def test_any_size_fits(size):
+    assert PREPROCESS.load(Image.new("RGB", size, (10, 20, 30))).flatten(1).float().mean(1).tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize(("size", "crop"), [((90, 60), 1.0), ((60, 90), 1.0), ((100, 100), 0.8), ((250, 170), 0.4)])
+def test_cut_is_the_centre_resized(size, crop):
+    image = picture(*size)
+    side = round(min(size) * crop)
+    pre = Preprocess(image_size=(30, 30), mean=(0.5,) * 3, std=(0.5,) * 3, crop=crop)
+    left, top, right, bottom = pre.box(*size)
+    assert (right - left, bottom - top) == pytest.approx((side, side))
+    assert (left + right, top + bottom) == pytest.approx(size)
+    inner = Image.fromarray(center_crop(pil_to_tensor(image), [side, side]).permute(1, 2, 0).numpy())
+    assert difference(pre.cut(image), inner.resize((30, 30), Image.Resampling.BICUBIC)) < 1
+
+
+def test_box_of_a_model_that_is_not_square():
+    pre = Preprocess(image_size=(16, 32), mean=(0.5,), std=(0.5,))
+    assert pre.box(100, 100) == (0, 25, 100, 75)
+    assert pre(picture(100, 100)).shape == (1, 16, 32)
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
+    photo = picture(200, 150).resize((1600, 1200))
+    file = stored(photo, "JPEG", quality=95)
+    assert open_image(file, min_side=200).size == (400, 300)
+    assert open_image(file, min_side=600).size == (800, 600)
+    assert open_image(file, min_side=601).size == (1600, 1200)
+    assert open_image(file).size == (1600, 1200)
+    full = PREPROCESS(open_image(file)).float()
+    assert (PREPROCESS.load(file).float() - full).abs().mean() < 1
+
+
+def test_normalize_is_torchvision_s():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    expected = normalize(images / 255, list(PREPROCESS.mean), list(PREPROCESS.std))
+    torch.testing.assert_close(PREPROCESS.normalize(images), expected)
+
+
+def test_threads_do_not_disturb_each_other():
+    files = [stored(picture(40 + i, 50), "PNG").getvalue() for i in range(40)]
+    alone = [PREPROCESS.load(io.BytesIO(file)) for file in files]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda file: PREPROCESS.load(io.BytesIO(file)), files))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_an_image_given_is_left_as_it_was():
+    image = picture().convert("P")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    before = image.tobytes()
+    assert PREPROCESS.load(image).shape == (3, 32, 32)
+    assert (image.mode, image.size, image.tobytes(), image.getexif()[0x0112]) == ("P", (48, 40), before, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": (0, 32)}, "image_size must be a height and a width of at least 1, got (0, 32)"),
+        ({"mean": (0.5,)}, "1 means for 3 standard deviations"),
+        ({"std": (0.5, 0.0, 0.5)}, "std above 0, got (0.5, 0.5, 0.5) and (0.5, 0.0, 0.5)"),
+        ({"crop": 1.2}, "crop must be in (0, 1], got 1.2"),
+        ({"interpolation": "cubic"}, "interpolation must be one of nearest, box"),
+    ],
+)
+def test_numbers_out_of_range_are_named(change, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked below)
+        Preprocess(**{"image_size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3} | change)
+    assert message in str(caught.value)

@@ -1,0 +1,123 @@
+"""What each format writes, and the output file that survives being killed; against the standard parsers."""
+
+import csv
+import io
+import json
+import os
+
+import pytest
+
+from vit.records import Csv, Json, JsonLines, Output, OutputError, Parquet, Table
+
+PREDICTIONS = [{"label": "cat", "score": 0.75}, {"label": 'a,"b"\nc', "score": 0.125}]
+RECORDS = [
+    {"path": "a.png", "predictions": PREDICTIONS, "unsure": True},
+    {"path": os.fsdecode(b"\xff new\nline,\xc3\xbc.png"), "error": "no such file"},
+    {"path": "\x1b[31mred\r.png", "predictions": PREDICTIONS[::-1], "unsure": False},
+]
+FORMATS = {"jsonl": JsonLines, "csv": lambda: Csv(2, ("unsure",))}
+
+
+def written(format, records=RECORDS) -> bytes:
+    return b"".join([format.start(), *map(format.record, records), format.end()])
+
+
+def test_json_lines_are_json_and_give_back_every_byte_of_a_path():
+    lines = written(JsonLines()).decode("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == RECORDS
+    assert os.fsencode(json.loads(lines[1])["path"]) == os.fsencode(RECORDS[1]["path"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_json_is_one_array(count):
+    assert json.loads(written(Json(), RECORDS[:count])) == RECORDS[:count]
+
+
+def test_csv_is_read_by_csv():
+    rows = list(csv.DictReader(io.StringIO(written(Csv(2, ("unsure",))).decode("utf-8"), newline="")))
+    assert [row["path"] for row in rows] == ["a.png", "\\udcff new\nline,ü.png", "\x1b[31mred\r.png"]
+    assert [row["label_2"] for row in rows] == ['a,"b"\nc', "", "cat"]
+    assert [row["score_1"] for row in rows] == ["0.750000", "", "0.125000"]
+    assert [row["error"] for row in rows] == ["", "no such file", ""]
+    assert [row["unsure"] for row in rows] == ["True", "", "False"]
+
+
+def test_parquet_is_read_by_pyarrow(monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("vit.records.ROW_GROUP", 2)
+    file = parquet.ParquetFile(io.BytesIO(written(Parquet(2, ("unsure",)))))
+    assert file.num_row_groups == 2
+    rows = file.read().to_pylist()
+    assert [row["score_1"] for row in rows] == [0.75, None, 0.125]
+    assert [row["error"] for row in rows] == [None, "no such file", None]
+    assert [row["unsure"] for row in rows] == [True, None, False]
+
+
+def test_table_lets_no_name_move_the_terminal():
+    text = written(Table(("cat", "dog"))).decode()
+    assert text.count("\n") == len(RECORDS)
+    assert text.replace("\n", "").isprintable()
+    assert "75.0%" in text
+    assert "unsure" in text
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_cut_anywhere_goes_on_to_the_same_bytes(name, tmp_path):
+    whole, path = written(FORMATS[name]()), tmp_path / "out"
+    for size in range(len(whole) + 1):
+        (tmp_path / "out.partial").write_bytes(whole[:size])
+        output = Output(str(path), FORMATS[name](), resume=True)
+        kept = [record["path"] for record, _ in output.kept()]
+        output.start()
+        for record in RECORDS[len(kept) :]:
+            output.write(record)
+        assert not path.exists()
+        output.finish()
+        output.close()
+        assert path.read_bytes() == whole, size
+        path.unlink()
+    assert len(kept) == len(RECORDS)  # the last turn began with all of them
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+    output = Output(str(path), JsonLines())
+    output.write(RECORDS[0])
+    assert path.read_text() == "old"
+    assert json.loads((tmp_path / "out.jsonl.partial").read_text()) == RECORDS[0]  # at once, in no buffer
+    output.finish()
+    output.close()
+    assert json.loads(path.read_text()) == RECORDS[0]
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    first = Output(str(tmp_path / "out"), JsonLines())
+    with pytest.raises(OutputError, match="out: another run is writing it"):
+        Output(str(tmp_path / "out"), JsonLines())
+    first.close()
+    Output(str(tmp_path / "out"), JsonLines()).close()
+
+
+@pytest.mark.parametrize(("name", "text"), [("jsonl", '{"a": 1}\n'), ("jsonl", "nonsense\n"), ("csv", "path,x\na,b\n")])
+def test_records_of_another_kind_are_not_gone_on_with(name, text, tmp_path):
+    (tmp_path / "out.partial").write_text(text)
+    output = Output(str(tmp_path / "out"), FORMATS[name](), resume=True)
+    with pytest.raises(OutputError, match="not the records of such a run"):
+        [record["path"] for record, _ in output.kept()]
+    output.close()
+    assert (tmp_path / "out.partial").read_text() == text
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(OutputError, match="out: Is a directory"):
+        Output(str(tmp_path / "out"), JsonLines())
+    full = Output("/dev/full", JsonLines())
+    with pytest.raises(OutputError, match="/dev/full: No space left on device"):
+        full.write(RECORDS[0])
+    full.close()

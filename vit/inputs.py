@@ -1,0 +1,170 @@
+"""Which images a command line names: files, folders, globs, and paths on standard input; lazily, in a fixed order.
+
+Paths are ``str`` as ``os.fsdecode`` makes them, so that names in no valid encoding come through unharmed.
+"""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import translate
+from typing import BinaryIO
+
+from vit.preprocess import SUFFIXES
+
+CHUNK = 1 << 16  # bytes read from standard input at once
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A source that leads to no image: it takes a record, so that nothing is lost in silence.
+
+    Args:
+        path: The source as named.
+        error: One line on what is wrong with it.
+    """
+
+    path: str
+    error: str
+
+
+@dataclass
+class Inputs:
+    """The images that sources name, one by one; iterating again starts again (standard input excepted).
+
+    Args:
+        sources: Files, folders, globs with ``*``, ``?``, ``[...]`` and ``**``, or ``-``: paths on ``stdin``.
+        recursive: Whether folders are searched with their subfolders.
+        stdin: Binary stream of paths, a line each, or each ended by a zero byte as ``find -print0`` writes them.
+        passed_over: Files in folders that were left out because of their suffix, counted by suffix.
+    """
+
+    sources: Iterable[str]
+    recursive: bool = False
+    stdin: BinaryIO | None = None
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def __iter__(self) -> Iterator[str | Unreadable]:
+        self.passed_over.clear()
+        for source in self.sources:
+            if source == "-" and self.stdin is not None:
+                yield from read_paths(self.stdin)
+            elif os.path.isdir(source):
+                yield from self._one_at_least(source)
+            elif glob.has_magic(source) and not os.path.lexists(source):
+                yield from _or(expand(source), Unreadable(source, "no file matches"))
+            else:
+                yield source
+
+    def _one_at_least(self, folder: str) -> Iterator[str | Unreadable]:
+        hint = "" if self.recursive else "; --recursive looks into its subfolders"
+        yield from _or(self._walk(folder, ()), Unreadable(folder, f"no images in this folder{hint}"))
+
+    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str | Unreadable]:
+        """Images of a folder by name, and of its subfolders; links are followed unless they lead back up."""
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as entries:
+                names = sorted((entry.name, _is_dir(entry)) for entry in entries)
+        except OSError as error:
+            yield Unreadable(folder, error.strerror or str(error))
+            return
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return
+        for name, is_folder in names:
+            path = os.path.join(folder, name)
+            if is_folder:
+                if self.recursive:
+                    yield from self._walk(path, (*above, identity))
+            elif (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
+                yield path
+            else:
+                self.passed_over[suffix] += 1
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _or(items: Iterator[str | Unreadable], otherwise: Unreadable) -> Iterator[str | Unreadable]:
+    """The items; where there are none, ``otherwise``."""
+    none = True
+    for item in items:
+        none = False
+        yield item
+    if none:
+        yield otherwise
+
+
+def read_paths(stream: BinaryIO) -> Iterator[str]:
+    """Paths from a stream: zero-terminated if its first block has a zero byte, lines if not; empty ones are skipped."""
+    read = getattr(stream, "read1", stream.read)  # read1: what is there now, so that a slow writer is served
+    block = read(CHUNK)
+    ending, rest = (b"\0" if b"\0" in block else b"\n"), b""
+    while block:
+        *paths, rest = (rest + block).split(ending)
+        yield from _decoded(paths, ending)
+        block = read(CHUNK)
+    yield from _decoded([rest], ending)
+
+
+def _decoded(paths: list[bytes], ending: bytes) -> Iterator[str]:
+    for path in paths:
+        if path := path.removesuffix(b"\r") if ending == b"\n" else path:
+            yield os.fsdecode(path)
+
+
+def expand(pattern: str) -> Iterator[str]:
+    """Files that match a glob, folder by folder and sorted.
+
+    ``glob.iglob`` has the same rules (hidden names only when asked for) but no order, without which no run can be
+    resumed.
+    """
+    drive, pattern = os.path.splitdrive(pattern)
+    root = os.sep if pattern.startswith(os.sep) else ""
+    parts = [part for part in pattern.split(os.sep) if part]
+    parts = [part for part, following in zip(parts, [*parts[1:], ""], strict=True) if not part == following == "**"]
+    files = _expand(drive + root, parts)
+    if parts.count("**") > 1:  # which meet a file in more than one way
+        yield from dict.fromkeys(files)
+    else:
+        yield from files
+
+
+def _expand(folder: str, parts: list[str]) -> Iterator[str]:
+    part, rest = parts[0], parts[1:]
+    if part == "**" and rest:
+        yield from _expand(folder, rest)
+    elif not glob.has_magic(part):
+        path = os.path.join(folder, part)
+        if rest:
+            yield from _expand(path, rest)
+        elif os.path.isfile(path):
+            yield path
+        return
+    matches = re.compile(translate("*" if part == "**" else part)).match
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            names = sorted((entry.name, _is_dir(entry), entry.is_symlink()) for entry in entries)
+    except OSError:
+        return  # not a folder, or one that may not be read: nothing matches in it
+    for name, is_folder, is_link in names:
+        if (name.startswith(".") and not part.startswith(".")) or not matches(name):
+            continue
+        path = os.path.join(folder, name)
+        if part == "**":
+            if is_folder and not is_link:  # as glob does: a link could lead back up
+                yield from _expand(path, parts)
+            elif not is_folder and not rest:
+                yield path
+        elif rest:
+            if is_folder:
+                yield from _expand(path, rest)
+        elif not is_folder:
+            yield path

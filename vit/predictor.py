@@ -1,0 +1,362 @@
+"""Classify images with one file of weights: one at a time, a stream of them, or with a map of what counted."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vit.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from vit.inputs import Unreadable
+from vit.model import VisionTransformer
+from vit.preprocess import ImageError, open_image
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Source = str | Path | IO[bytes] | Image.Image
+Precision = Literal["auto", "float32", "bfloat16"]
+T = TypeVar("T")
+
+SHIPPED = Path(__file__).parent / "weights" / "cifar10.safetensors"
+BATCH_SIZE = {"cpu": 64, "cuda": 256}
+AHEAD = 2  # batches that are decoded while one is computed
+# Where bfloat16 leaves the first two classes closer than this, in logits, float32 decides.
+CLOSE_CALL = 0.25
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an image shows.
+
+    Args:
+        label: The class with the highest score.
+        score: Its probability, in [0, 1].
+        scores: Probability of every class, highest first; they sum to 1.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where the model looked.
+
+    Args:
+        prediction: What it says.
+        target: The class the map is about, or the predicted one.
+        method: How the map was made, a name in ``vit.rollout.METHODS``.
+        grid: Weight of each patch (grid height, grid width), non-negative, summing to 1.
+        image: The image as a person sees it.
+        box: The part (left, top, right, bottom) of it that the model saw, in pixels.
+    """
+
+    prediction: Prediction
+    target: str
+    method: str
+    grid: "np.ndarray"
+    image: Image.Image
+    box: tuple[float, float, float, float]
+
+    @property
+    def map(self) -> "np.ndarray":
+        """The grid in [0, 1], smoothly enlarged to the pixels (H, W) of the box."""
+        from vit.visualize import enlarged
+
+        left, top, right, bottom = (round(edge) for edge in self.box)
+        return enlarged(self.grid, max(1, right - left), max(1, bottom - top))
+
+    @property
+    def caption(self) -> str:
+        """The target and its probability."""
+        return f"{self.target} {self.prediction.scores[self.target]:.1%}"
+
+    def overlay(self) -> Image.Image:
+        """A picture of image, map and caption."""
+        from vit.visualize import overlay
+
+        return overlay(self.image, self.grid, box=self.box, caption=self.caption)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What became of some sources; the rows of ``scores`` and ``grids`` are those without an error, in order.
+
+    Args:
+        sources: What was to be classified.
+        errors: Why not, or None, for each source.
+        scores: Probabilities (classified, classes).
+        grids: Weight of each patch (classified, grid height, grid width) by map method.
+    """
+
+    sources: Sequence[Source | Unreadable]
+    errors: Sequence[ImageError | None]
+    scores: Tensor
+    grids: dict[str, Tensor]
+
+
+class Predictor:
+    """A model and all that is needed to ask it: ``Predictor.from_checkpoint("model.safetensors").predict("a.jpg")``.
+
+    Its methods may be called from many threads at once.
+
+    Args:
+        model: In eval mode.
+        about: Class names, preprocessing and temperature.
+        device: Such as ``cpu`` or ``cuda:1``; ``auto`` for an accelerator if there is one.
+        precision: ``float32``; ``bfloat16``, faster and to about two digits of a score, with the same predicted label,
+            as close calls are decided in float32; or ``auto``: bfloat16 where the hardware has it. Maps are always
+            computed in float32.
+
+    Raises:
+        ValueError: If there is no such device or precision, or the model does not take images of 1 or 3 channels.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, about: Checkpoint, *, device: str = "auto", precision: Precision = "float32"
+    ):
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+        self.device = _device(device)
+        try:
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        self.about, self.preprocess = about, about.preprocess
+        _ = self.preprocess.mode  # refuses other numbers of channels
+        self.class_names = about.class_names
+        self.precision = ("bfloat16" if _has_bfloat16(self.device) else "float32") if precision == "auto" else precision
+        self.batch_size = BATCH_SIZE.get(self.device.type, 64)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path | None = None, *, device: str = "auto", precision: Precision = "float32"
+    ) -> "Predictor":
+        """A predictor from one file.
+
+        Args:
+            path: ``model.safetensors`` or a Lightning ``.ckpt``; none for the CIFAR-10 weights that come with the code.
+            device: As for the class.
+            precision: As for the class.
+
+        Raises:
+            CheckpointError: If there is no such file, or it is no checkpoint.
+        """
+        if path is None and not SHIPPED.is_file():
+            raise CheckpointError(f"{SHIPPED}: the weights that come with the code are missing; name a checkpoint")
+        path = path or SHIPPED
+        model, about = load_checkpoint(path)
+        try:
+            about.preprocess.mode  # noqa: B018 (raises)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return cls(model, about, device=device, precision=precision)
+
+    def predict(self, image: Source) -> Prediction:
+        """What one image shows.
+
+        Args:
+            image: Path, binary file, or an image opened by Pillow.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        (result,) = self.predict_iter([image])
+        if isinstance(result, ImageError):
+            raise result
+        return result
+
+    def predict_iter(
+        self, images: Iterable[Source], *, batch_size: int | None = None, workers: int | None = None
+    ) -> Iterator[Prediction | ImageError]:
+        """What each image shows, in order and lazily: any number of images in flat memory.
+
+        An image that cannot be read gives the ImageError that says why, in its place, and the stream goes on.
+
+        Args:
+            images: Paths, binary files, or images opened by Pillow.
+            batch_size: Images computed at once; none for one that suits the device.
+            workers: Threads that decode; none for one that suits the machine.
+        """
+        for batch in self.classify(batches(images, batch_size or self.batch_size), workers=workers):
+            rows = iter(batch.scores)
+            for source, error in zip(batch.sources, batch.errors, strict=True):
+                yield self.prediction(next(rows)) if error is None else _named(source, error)
+
+    def explain(self, image: Source, target: str | None = None, method: str | None = None) -> Explanation:
+        """What one image shows, and which parts of it counted; both from the same pass.
+
+        Args:
+            image: Path, binary file, or an image opened by Pillow.
+            target: Class the map is about; none for the predicted one.
+            method: A name in ``vit.rollout.METHODS``; none for ``rollout``, or ``relevance`` where a target is named,
+                since rollout is the same for every class.
+
+        Raises:
+            ImageError: If it cannot be read.
+            ValueError: If there is no such class or method.
+        """
+        if target is not None and target not in self.class_names:
+            raise ValueError(f"no class {target!r}; the classes are {', '.join(self.class_names)}")
+        method = method or ("rollout" if target is None else "relevance")
+        index = None if target is None else self.class_names.index(target)
+        try:
+            opened = open_image(image, self.preprocess.mode)
+        except ImageError as error:
+            raise _named(image, error) from error
+        scores, grids = self.mapped(self.preprocess(opened)[None], method, index)
+        prediction = self.prediction(scores[0])
+        box = self.preprocess.box(*opened.size)
+        return Explanation(prediction, target or prediction.label, method, grids[0].numpy(), opened, box)
+
+    def prediction(self, scores: Tensor) -> Prediction:
+        """The probabilities (classes,) of an image, with their names."""
+        ordered = scores.argsort(descending=True, stable=True).tolist()
+        named = {self.class_names[i]: score for i, score in zip(ordered, scores[ordered].tolist(), strict=True)}
+        return Prediction(self.class_names[ordered[0]], float(scores[ordered[0]]), named)
+
+    def classify(
+        self,
+        batches: Iterable[Sequence[Source | Unreadable]],
+        *,
+        methods: Sequence[str] = (),
+        workers: int | None = None,
+    ) -> Iterator[Batch]:
+        """Batches of sources, in order; the next ones are decoded while one is computed.
+
+        The scores of a batch depend on nothing but its sources, so a run that starts at any batch gives the same bits.
+
+        Args:
+            batches: Sources, batch by batch.
+            methods: Maps to make, names in ``vit.rollout.METHODS``.
+            workers: Threads that decode; none for one that suits the machine.
+        """
+        pool = ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), thread_name_prefix="decode")
+        waiting: deque[tuple[Sequence[Source | Unreadable], list[Future[Tensor | ImageError]]]] = deque()
+        try:
+            for sources in batches:
+                waiting.append((sources, [pool.submit(self._decode, source) for source in sources]))
+                if len(waiting) > AHEAD:
+                    yield self._compute(*waiting.popleft(), methods)
+            while waiting:
+                yield self._compute(*waiting.popleft(), methods)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode(self, source: Source | Unreadable) -> Tensor | ImageError:
+        if isinstance(source, Unreadable):
+            return ImageError(source.error)
+        try:
+            return self.preprocess.load(source)
+        except ImageError as error:
+            return error
+
+    def _compute(
+        self,
+        sources: Sequence[Source | Unreadable],
+        decoded: list[Future[Tensor | ImageError]],
+        methods: Sequence[str],
+    ) -> Batch:
+        results = [future.result() for future in decoded]
+        errors = [result if isinstance(result, ImageError) else None for result in results]
+        images = [result for result in results if isinstance(result, Tensor)]
+        if not images:
+            return Batch(sources, errors, torch.empty(0, len(self.class_names)), {})
+        pixels = torch.stack(images)
+        if not methods:
+            return self._checked(sources, errors, self.scores(pixels), {})
+        grids = {}
+        for method in methods:
+            scores, grids[method] = self.mapped(pixels, method)
+        return self._checked(sources, errors, scores, grids)
+
+    @staticmethod
+    def _checked(
+        sources: Sequence[Source | Unreadable],
+        errors: list[ImageError | None],
+        scores: Tensor,
+        grids: dict[str, Tensor],
+    ) -> Batch:
+        """Rows that are no numbers (weights of a diverged training) become errors."""
+        finite = scores.isfinite().all(1)
+        if not finite.all():
+            rows = iter(finite.tolist())
+            broken = ImageError("the model gives no number for this image; its weights may be damaged")
+            errors = [error if error or next(rows) else broken for error in errors]
+            scores, grids = scores[finite], {name: grid[finite] for name, grid in grids.items()}
+        return Batch(sources, errors, scores, grids)
+
+    @torch.inference_mode()
+    def scores(self, pixels: Tensor) -> Tensor:
+        """Probabilities (B, classes), on the CPU in float32, of uint8 pixels (B, C, H, W)."""
+        images = self._normalized(pixels)
+        with self._autocast():
+            logits = self.model(images).float()
+        if self.precision == "bfloat16" and logits.shape[1] > 1:
+            first, second = logits.topk(2).values.T
+            if len(close := (first - second < CLOSE_CALL).nonzero()[:, 0]):
+                logits[close] = self.model(images[close])
+        return self._softmax(logits)
+
+    def mapped(self, pixels: Tensor, method: str, target: int | None = None) -> tuple[Tensor, Tensor]:
+        """Probabilities (B, classes) and maps (B, grid height, grid width) of uint8 pixels, from one pass.
+
+        Args:
+            pixels: Of the images (B, C, H, W).
+            method: A name in ``vit.rollout.METHODS``.
+            target: Number of the class the maps are about; none for the predicted one.
+        """
+        from vit.rollout import attention_map
+
+        logits, grids = attention_map(self.model, self._normalized(pixels), method=method, target=target)
+        return self._softmax(logits), grids.cpu()
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # pinned memory goes over while the device computes
+            pixels = pixels.pin_memory()
+        return self.preprocess.normalize(pixels.to(self.device, non_blocking=True))
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        return (logits.float() / self.about.temperature).softmax(1).cpu()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many items each; the last one may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _named(source: object, error: ImageError) -> ImageError:
+    return ImageError(f"{os.fspath(source)}: {error}" if isinstance(source, str | Path) else str(error))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"no device {name!r}; use auto, cpu, cuda or cuda:NUMBER") from error
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware, and so faster than float32."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,325 @@
+"""The records of a prediction run: how each format writes them, and an output file that survives being killed.
+
+A record is ``{"path": ..., "predictions": [{"label": ..., "score": ...}, ...]}``, with ``"unsure"`` and ``"map"`` where
+asked for, or ``{"path": ..., "error": ...}``. No torch.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+Record = dict[str, Any]
+PARTIAL = ".partial"  # what an unfinished output file is called, behind its name
+ROW_GROUP = 8192  # records that Parquet holds in memory before it writes them
+
+
+class OutputError(ValueError):
+    """Records that cannot be written or gone on with; the message is one line that names the file."""
+
+
+def shown(path: str) -> str:
+    """A path as valid text: bytes in no valid encoding as ``\\udcXX``, as JSON writes them."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """Text that moves no terminal: control characters, newlines included, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Format(Protocol):
+    """How records become bytes; ``read`` turns them back where a run can be resumed."""
+
+    def start(self) -> bytes: ...
+    def record(self, record: Record) -> bytes: ...
+    def end(self) -> bytes: ...
+
+
+class JsonLines:
+    """One object a line, UTF-8; undecodable bytes of a path are ``\\udcXX`` escapes, as ``os.fsencode`` takes them."""
+
+    def start(self) -> bytes:
+        return b""
+
+    def record(self, record: Record) -> bytes:
+        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+    def end(self) -> bytes:
+        return b""
+
+    def read(self, file: BinaryIO) -> Iterator[tuple[Record, bytes]]:
+        """Whole records and their bytes; a torn one at the end is left out."""
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            yield json.loads(line), line
+
+
+class Json:
+    """One JSON array, written as it grows."""
+
+    def __init__(self) -> None:
+        self.separator = b""
+
+    def start(self) -> bytes:
+        return b"[\n"
+
+    def record(self, record: Record) -> bytes:
+        separator, self.separator = self.separator, b",\n"
+        return separator + json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+    def end(self) -> bytes:
+        return (b"\n" if self.separator else b"") + b"]\n"
+
+
+class Csv:
+    """A row an image: path, label_1, score_1, ... label_k, score_k, error, then unsure and map where asked for.
+
+    Args:
+        top_k: Number of label and score columns.
+        extra: Further columns: "unsure", "map".
+    """
+
+    def __init__(self, top_k: int, extra: tuple[str, ...] = ()):
+        self.top_k, self.extra = top_k, extra
+        pairs = [f"{name}_{i + 1}" for i in range(top_k) for name in ("label", "score")]
+        self.columns = ["path", *pairs, "error", *extra]
+
+    def row(self, record: Record) -> list[Any]:
+        """Values of the columns."""
+        cells: list[Any] = [value for p in record.get("predictions", ()) for value in (p["label"], p["score"])]
+        cells += [None] * (2 * self.top_k - len(cells))
+        return [shown(record["path"]), *cells, record.get("error"), *(record.get(name) for name in self.extra)]
+
+    def start(self) -> bytes:
+        return self._line(self.columns)
+
+    def record(self, record: Record) -> bytes:
+        return self._line(self.row(record))
+
+    def end(self) -> bytes:
+        return b""
+
+    @staticmethod
+    def _line(cells: list[Any]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text).writerow(f"{c:.6f}" if isinstance(c, float) else c for c in cells)
+        # Written to end with \r\n, so that cells with either are quoted; stored as other tools like it.
+        return text.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace") + b"\n"
+
+    def read(self, file: BinaryIO) -> Iterator[tuple[Record, bytes]]:
+        """Whole records (path, first label, error) and their bytes; a torn one at the end is left out."""
+        taken: list[bytes] = []
+
+        def lines() -> Iterator[str]:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                taken.append(line)
+                yield line.decode()
+
+        rows = csv.reader(lines(), strict=True)
+        try:
+            for number, row in enumerate(rows):
+                data = b"".join(taken)
+                taken.clear()
+                if number == 0:
+                    if row != self.columns:
+                        raise ValueError("its columns are not those of this run")
+                    continue
+                cells = dict(zip(self.columns, row, strict=True))
+                error = {"error": cells["error"]} if cells["error"] else {"predictions": [{"label": cells["label_1"]}]}
+                yield {"path": cells["path"], "unsure": cells.get("unsure") == "True", **error}, data
+        except csv.Error:
+            return  # the file ends inside quotes: torn
+
+
+class Parquet(Csv):
+    """The columns of ``Csv`` in Parquet, by pyarrow; in groups of rows, so that memory stays flat."""
+
+    def __init__(self, top_k: int, extra: tuple[str, ...] = ()):
+        import pyarrow
+        from pyarrow import parquet
+
+        super().__init__(top_k, extra)
+        types = {"label": pyarrow.string(), "score": pyarrow.float64(), "unsure": pyarrow.bool_()}
+        self.schema = pyarrow.schema([(name, types.get(name.split("_")[0], pyarrow.string())) for name in self.columns])
+        self.table = pyarrow.Table
+        self.sink = _Pieces()
+        self.writer = parquet.ParquetWriter(self.sink, self.schema)
+        self.rows: list[list[Any]] = []
+
+    def start(self) -> bytes:
+        return self.sink.take()
+
+    def record(self, record: Record) -> bytes:
+        self.rows.append(self.row(record))
+        return self._group() if len(self.rows) == ROW_GROUP else b""
+
+    def end(self) -> bytes:
+        last = self._group() if self.rows else b""
+        self.writer.close()
+        return last + self.sink.take()
+
+    def _group(self) -> bytes:
+        columns = [list(column) for column in zip(*self.rows, strict=True)]
+        self.writer.write_table(self.table.from_pydict(dict(zip(self.columns, columns, strict=True)), self.schema))
+        self.rows = []
+        return self.sink.take()
+
+
+class _Pieces(io.RawIOBase):
+    """A file that hands on what is written to it."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.pieces.append(bytes(data))
+        self.position += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.position
+
+    def take(self) -> bytes:
+        data, self.pieces = b"".join(self.pieces), []
+        return data
+
+
+class Table:
+    """Columns for people.
+
+    Args:
+        labels: All class names, for the width of their column.
+    """
+
+    def __init__(self, labels: tuple[str, ...]):
+        self.label_width = min(24, max(map(len, labels)))
+        self.path_width = 20
+
+    def start(self) -> bytes:
+        return b""
+
+    def record(self, record: Record) -> bytes:
+        path = printable(shown(record["path"]))
+        self.path_width = max(self.path_width, min(len(path), 60))
+        if "error" in record:
+            text = f"error: {printable(record['error'])}"
+        else:
+            cells = (f"{printable(p['label']):<{self.label_width}} {p['score']:6.1%}" for p in record["predictions"])
+            text = "   ".join(cells) + ("   unsure" if record.get("unsure") else "")
+        return f"{path:<{self.path_width}}   {text}\n".encode("utf-8", "backslashreplace")
+
+    def end(self) -> bytes:
+        return b""
+
+
+class Output:
+    """Where records go: standard output, or a file that is either the old one or the whole new one.
+
+    While a run goes on its records are in ``FILE.partial``, each written whole and at once; the last step renames it.
+    What a killed run leaves there is gone on with by ``resume``.
+
+    Args:
+        path: The file; none for standard output.
+        format: Writes the records.
+        resume: Go on behind the whole records of an unfinished (or finished) file.
+
+    Raises:
+        OutputError: If the file cannot be opened, or another run is writing it.
+    """
+
+    def __init__(self, path: str | None, format: Format, *, resume: bool = False):
+        self.name = path or "standard output"
+        self.format = format
+        self.path = None if path is None or (os.path.exists(path) and not os.path.isfile(path)) else Path(path)
+        try:
+            if self.path is None:  # standard output, or a device such as /dev/null
+                self.descriptor = os.dup(1) if path is None else os.open(path, os.O_WRONLY)
+            else:
+                self.descriptor = self._open(self.path, resume)
+        except OSError as error:
+            raise OutputError(f"{self.name}: {error.strerror}") from error
+
+    def _open(self, path: Path, resume: bool) -> int:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = path.with_name(path.name + PARTIAL)
+        if resume and not self.partial.exists() and path.exists():
+            os.replace(path, self.partial)
+        descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(f"{path}: another run is writing it") from None
+        except OSError:
+            pass  # a file system without locks
+        if not resume:
+            os.ftruncate(descriptor, 0)
+        return descriptor
+
+    def kept(self) -> Iterator[tuple[Record, bytes]]:
+        """Whole records of the run that is gone on with; when they are used up, a torn one behind them is cut off."""
+        if self.path is None:
+            return
+        size = len(self.format.start())
+        try:
+            with open(self.partial, "rb") as file:
+                for record, data in self.format.read(file):  # type: ignore[attr-defined]
+                    _ = record["path"]
+                    size += len(data)
+                    yield record, data
+        except (ValueError, KeyError, TypeError) as error:
+            text = f"{self.partial}: not the records of such a run ({error}); run without --resume to start again"
+            raise OutputError(text) from error
+        if os.fstat(self.descriptor).st_size < len(self.format.start()):
+            size = 0
+        os.ftruncate(self.descriptor, size)
+
+    def start(self) -> None:
+        """Write what stands before the first record, unless it is there."""
+        if self.path is None or os.fstat(self.descriptor).st_size == 0:
+            self._write(self.format.start())
+
+    def write(self, record: Record) -> None:
+        """Add a record, whole.
+
+        Raises:
+            OutputError: If the disk is full, say; the file is named.
+            BrokenPipeError: If nobody reads any more.
+        """
+        self._write(self.format.record(record))
+
+    def _write(self, data: bytes) -> None:
+        # One system call a record, no buffer: what a killed process leaves are whole records, and a reader of a pipe
+        # sees each one at once.
+        try:
+            while data:
+                data = data[os.write(self.descriptor, data) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{self.name}: {error.strerror}") from error
+
+    def finish(self) -> None:
+        """All records are there: the file takes its name."""
+        self._write(self.format.end())
+        if self.path is not None:
+            try:
+                os.fsync(self.descriptor)
+                os.replace(self.partial, self.path)
+            except OSError as error:
+                raise OutputError(f"{self.name}: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self.descriptor)

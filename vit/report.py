@@ -1,0 +1,134 @@
+"""One HTML file to look into many predictions: images, scores, maps; it opens anywhere, without network or server."""
+
+import base64
+import io
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vit.checkpoint import Checkpoint
+from vit.visualize import PIXELATED, color_table
+
+LONGEST = 448  # pixels of an image's longer side in the page; 200 photographs stay below 20 MiB with it
+QUALITY = 80  # of its JPEG
+TOP = 10  # classes listed for an image
+COARSEST = 14  # rows and columns kept of what each patch attends to: the square of the patches is what takes space
+
+
+def write_report(path: str | Path, about: Checkpoint, entries: Iterable[Mapping[str, Any]]) -> Path:
+    """Write the page; entries are taken one by one, so they may be made as they are written.
+
+    Args:
+        path: The HTML file; its folder is made if missing.
+        about: Description of the model, shown at the top.
+        entries: One mapping an image: ``path`` (str), ``image`` (the opened image), ``box`` (the part the model sees:
+            left, top, right, bottom in the image's pixels), ``scores`` (class name to probability), ``maps`` (method to
+            grid, or to a mapping of class name to grid for methods that depend on the class), and optionally
+            ``attention`` with ``heads`` (layers, heads, grid height, grid width) and ``patches`` (grid height,
+            grid width, grid height, grid width): what the pooled token and what each patch attends to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before, after = resources.files("vit").joinpath("report.html").read_text("utf-8").split("/*DATA*/")
+    with path.open("w", encoding="utf-8") as file:
+        file.write(before)
+        file.write(f'{{"about":{_json(_about(about))},"colors":{_json(_base64(color_table()))},"entries":[')
+        for i, entry in enumerate(entries):
+            file.write(("," if i else "") + "\n" + _json(_entry(entry)))
+        file.write("]}" + after)
+    return path
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand in a script element: no text in it can close the element."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _about(about: Checkpoint) -> dict[str, Any]:
+    height, width = about.preprocess.image_size
+    return {
+        "size": f"{width}×{height}",
+        "classes": len(about.class_names),
+        "depth": about.architecture.get("depth"),
+        "heads": about.architecture.get("num_heads"),
+        "metrics": {k: v for k, v in about.metrics.items() if np.isfinite(v)},
+    }
+
+
+def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    image, (left, top, right, bottom) = entry["image"].convert("RGB"), entry["box"]
+    width, height = image.size
+    scores = sorted(entry["scores"].items(), key=lambda item: -item[1])[:TOP]
+    result = {
+        "path": entry["path"],
+        "image": _picture(image),
+        "pixelated": max(width, height) <= PIXELATED,
+        "width": width,
+        "height": height,
+        "box": [left / width, top / height, (right - left) / width, (bottom - top) / height],
+        "scores": [[label, round(float(score), 6)] for label, score in scores],
+        "maps": {
+            method: {label: _grid(g) for label, g in grids.items()} if isinstance(grids, Mapping) else _grid(grids)
+            for method, grids in entry["maps"].items()
+        },
+    }
+    if attention := entry.get("attention"):
+        heads, patches = np.asarray(attention["heads"]), _coarse(np.asarray(attention["patches"]))
+        flat = np.concatenate(
+            [_levels(heads.reshape(-1, *heads.shape[2:])), _levels(patches.reshape(-1, *patches.shape[2:]))], None
+        )
+        result["attention"] = {
+            "heads": heads.shape,
+            "patches": patches.shape,
+            "data": _base64(zlib.compress(flat.tobytes(), 9)),
+        }
+    return result
+
+
+def _picture(image: Image.Image) -> str:
+    """The image as a data address: small ones as they are, others reduced."""
+    file = io.BytesIO()
+    if max(image.size) <= PIXELATED:
+        image.save(file, "PNG", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    image = image.copy()
+    image.thumbnail((LONGEST, LONGEST))
+    image.save(file, "JPEG", quality=QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _grid(grid: np.ndarray) -> dict[str, Any]:
+    """A map in 256 levels of its largest value, and what the level 255 stands for as a share of the whole."""
+    grid = np.nan_to_num(np.asarray(grid, dtype=np.float64))
+    return {
+        "shape": grid.shape,
+        "data": _base64(_levels(grid[None])),
+        "top": round(float(grid.max() / max(grid.sum(), 1e-30)), 6),
+    }
+
+
+def _levels(grids: np.ndarray) -> np.ndarray:
+    """uint8 levels of non-negative grids (n, height, width), each of its own largest value."""
+    grids = np.nan_to_num(np.asarray(grids, dtype=np.float64))
+    return (grids * (255 / np.maximum(grids.max((1, 2), keepdims=True), 1e-30))).round().clip(0, 255).astype(np.uint8)
+
+
+def _coarse(patches: np.ndarray) -> np.ndarray:
+    """Means over blocks of patches, so that no side is longer than COARSEST."""
+    for axis in range(4):
+        size = patches.shape[axis]
+        cuts = np.linspace(0, size, min(size, COARSEST) + 1).round().astype(int)
+        patches = np.add.reduceat(patches, cuts[:-1], axis) / np.diff(cuts).reshape(
+            [-1 if i == axis else 1 for i in range(4)]
+        )
+    return patches
+
+
+def _base64(values: np.ndarray | bytes) -> str:
+    return base64.b64encode(values if isinstance(values, bytes) else values.astype(np.uint8).tobytes()).decode()

@@ -1,0 +1,339 @@
+"""Attention maps: how much each patch counts for what the model says.
+
+The arithmetic is in pure functions of attention weights; ``attention_map`` runs a model and calls them. Only the pooled
+row of the products of N x N matrices is ever needed, so a row is propagated from the last layer down: O(L N^2) and exact,
+where full matrices cost O(L N^3).
+
+Sources: rollout, Abnar & Zuidema 2020 (2005.00928); relevance, Chefer et al. 2021 (2103.15679); LeGrad, Bousselham et
+al. 2024 (2404.03214); AttnLRP, Achtibat et al. 2024 (2402.05602).
+Shapes in comments: B images, N tokens, P patches, h heads, L layers, D embed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from vit.model import VisionTransformer
+
+MEMORY = 2**29  # bytes of attention weights to hold at a time; a batch that needs more goes through in parts
+Target = int | Sequence[int] | Tensor  # a class for all images, or one for each
+
+
+# ---- pure functions ----------------------------------------------------------------------------------------------
+
+
+def rollout(attentions: Sequence[Tensor], start: Tensor) -> Tensor:
+    """Rollout of one row: start Â_L … Â_1 with Â = ½A + ½I, where the identity stands for the residual branch.
+
+    Args:
+        attentions: Heads fused, rows summing to 1, (B, N, N) a layer, first layer first.
+        start: Weight of each token in what is classified, (N,) or (B, N).
+    """
+    row = start.to(attentions[-1].dtype).expand(attentions[-1].shape[:2])
+    for attention in reversed(attentions):
+        row = (row + _times(row, attention)) / 2
+    return row  # (B, N)
+
+
+def relevance(attentions: Sequence[Tensor], start: Tensor) -> Tensor:
+    """Relevance of one row: start (R - I) with R = (I + A_L) … (I + A_1), A the positive part of gradient x attention.
+
+    Without the identity, since it is no evidence: with mean pooling it would add a constant to every patch. Only the
+    excess over it is propagated, because a difference of near-equal numbers would lose it.
+
+    Args:
+        attentions: Mean over heads of (gradient x attention)⁺, (B, N, N) a layer, first layer first.
+        start: Weight of each token in what is classified, (N,) or (B, N).
+    """
+    start = start.to(attentions[-1].dtype).expand(attentions[-1].shape[:2])
+    excess = torch.zeros_like(start)
+    for attention in reversed(attentions):
+        excess = excess + _times(start + excess, attention)
+    return excess  # (B, N)
+
+
+def fuse_heads(weights: Tensor, how: str = "mean") -> Tensor:
+    """One matrix (B, N, N) from the heads (B, h, N, N), in at least float32, rows summing to 1.
+
+    Args:
+        weights: Attention weights of a layer.
+        how: ``mean``, ``max`` or ``min`` over the heads; the last two are renormalised.
+    """
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    if how == "mean":
+        return weights.mean(1, dtype=dtype)
+    fused = (weights.amax(1) if how == "max" else weights.amin(1)).to(dtype)
+    return fused / fused.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+
+
+def discard_lowest(attention: Tensor, ratio: float, protect: int | None = None) -> Tensor:
+    """The matrix of each image without its lowest weights; rows sum to 1 again, an emptied row keeps its own token.
+
+    Args:
+        attention: Heads fused, (B, N, N).
+        ratio: Share of the N² weights to discard, in [0, 1).
+        protect: Token whose column is never discarded: the class token.
+    """
+    B, N, _ = attention.shape
+    lowest = int(ratio * N * N)
+    if not lowest:
+        return attention
+    keep = attention > attention.flatten(1).kthvalue(lowest).values.view(B, 1, 1)
+    if protect is not None:
+        keep[:, :, protect] = True
+    kept = attention * keep
+    kept = kept + torch.eye(N, dtype=kept.dtype, device=kept.device) * (kept.sum(-1, keepdim=True) == 0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def _times(row: Tensor, matrix: Tensor) -> Tensor:
+    with torch.autocast(row.device.type, enabled=False):  # which would round the products to 16 bits
+        return (row[:, None] @ matrix)[:, 0]  # (B, N)
+
+
+# ---- methods: a model, images and a question in; logits (B, classes) and a weight for each token (B, N) out ----------
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a map is asked: about which classes (B,), and how attention is reduced to a matrix."""
+
+    target: Tensor | None = None
+    against: Tensor | None = None
+    fuse: str = "mean"
+    discard: float = 0.0
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Sum over the images of the target's logit, the predicted one if none is named, less the logit it is against."""
+        target = logits.argmax(1) if self.target is None else self.target
+        picked = logits.gather(1, target[:, None])
+        return (picked if self.against is None else picked - logits.gather(1, self.against[:, None])).sum()
+
+    def matrix(self, weights: Tensor, protect: int | None) -> Tensor:
+        """One matrix (B, N, N) from the heads (B, h, N, N)."""
+        return discard_lowest(fuse_heads(weights, self.fuse), self.discard, protect)
+
+
+def pooling_weights(model: VisionTransformer, tokens: int) -> Tensor:
+    """Weight of each token in what the model classifies, (N,): one-hot on the class token, or even over the patches."""
+    start = torch.zeros(tokens, device=model.pos_embed.device)
+    start[0 if model.pool == "token" else slice(model.num_prefix_tokens, None)] = 1
+    return start / start.sum()
+
+
+@torch.no_grad()
+def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    protect = 0 if model.pool == "token" else None
+    logits, matrices = model.forward_attention(images, lambda weights: ask.matrix(weights, protect))
+    return logits, rollout(matrices, pooling_weights(model, matrices[0].shape[-1]))
+
+
+@torch.no_grad()
+def _last(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    *blocks, last = model.blocks
+    x = model.embed(images)
+    for block in blocks:
+        x = block(x)
+    x, weights = last.explain(x)
+    matrix = ask.matrix(weights, 0 if model.pool == "token" else None)
+    start = pooling_weights(model, x.shape[1]).to(matrix.dtype).expand(x.shape[:2])
+    return model.forward_head(model.norm(x)), _times(start, matrix)
+
+
+@torch.enable_grad()
+def _relevance(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    logits, weights = model.forward_attention(images, lambda weights: weights)
+    gradients = torch.autograd.grad(ask.score(logits), weights)
+    with torch.no_grad():
+        matrices = [fuse_heads((g * w).clamp_min(0)) for g, w in zip(gradients, weights, strict=True)]
+        return logits, relevance(matrices, pooling_weights(model, matrices[0].shape[-1]))
+
+
+@torch.enable_grad()
+def _legrad(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    # Each layer's output goes through the head, and the gradient of that score with respect to the layer's own weights
+    # counts; none crosses a block, so the weights of one layer at a time are held.
+    with torch.no_grad():
+        logits, x = model(images), model.embed(images)
+    if ask.target is None:
+        ask = replace(ask, target=logits.argmax(1))
+    rows = 0
+    for block in model.blocks:
+        x, weights = block.explain(x.detach().requires_grad_())
+        (gradient,) = torch.autograd.grad(ask.score(model.forward_head(model.norm(x))), weights)
+        rows = rows + gradient.clamp_min(0).mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+    return logits, rows
+
+
+@torch.enable_grad()
+def _lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    with AttnLRP():
+        tokens = x = model.embed(images)
+        for block in model.blocks:
+            x, _ = block.explain(x)
+        logits = model.forward_head(model.norm(x))
+        (gradient,) = torch.autograd.grad(ask.score(logits), tokens)
+    return logits, (tokens * gradient).sum(-1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+
+
+class AttnLRP(TorchFunctionMode):
+    """Inside ``with AttnLRP():``, input x gradient is the relevance of AttnLRP: three operations have other gradients.
+
+    Normalisation: the standard deviation counts as a constant. Element-wise non-linearity: so does its output over its
+    input. Product of two activations: half the relevance goes to each. Linear maps and softmax keep their gradients,
+    which times the input are the epsilon rule (epsilon 0) and the paper's Taylor rule.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return LRP_RULES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _lrp_layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * (centred.detach().square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
+
+
+def _lrp_gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    slope = torch.where(x == 0, 0.5, F.gelu(x, approximate=approximate) / x)  # gelu(x)/x tends to a half at 0
+    return x * slope.detach()
+
+
+def _lrp_silu(x: Tensor, inplace: bool = False) -> Tensor:
+    return x * x.sigmoid().detach()
+
+
+def _lrp_product(a: Tensor, b: Tensor) -> Tensor:
+    product = a @ b
+    return product / 2 + product.detach() / 2
+
+
+LRP_RULES: dict[Callable, Callable] = {
+    F.layer_norm: _lrp_layer_norm,
+    F.gelu: _lrp_gelu,
+    F.silu: _lrp_silu,
+    Tensor.matmul: _lrp_product,  # what a @ b arrives as
+}
+
+METHODS: dict[str, Callable[[VisionTransformer, Tensor, Question], tuple[Tensor, Tensor]]] = {
+    "rollout": _rollout,
+    "relevance": _relevance,
+    "last": _last,
+    "legrad": _legrad,
+    "lrp": _lrp,
+}
+CLASS_SPECIFIC = frozenset(("relevance", "legrad", "lrp"))  # the others look the same whatever class is asked about
+FUSIONS = ("mean", "max", "min")
+
+
+# ---- the one entrance ----------------------------------------------------------------------------------------------
+
+
+def attention_map(
+    model: VisionTransformer,
+    images: Tensor,
+    *,
+    method: str = "rollout",
+    target: Target | None = None,
+    against: Target | None = None,
+    fuse: str = "mean",
+    discard: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Logits (B, classes), and maps (B, grid height, grid width) in float32, non-negative, each summing to 1.
+
+    Args:
+        model: In eval mode.
+        images: Normalised images (B, in_chans, H, W), on the model's device and of its type.
+        method: One of METHODS.
+        target: Class the map is about, one for all images or one each; none for the predicted class.
+        against: Class to set it against: what speaks for ``target`` rather than for this one.
+        fuse: How rollout and last make one matrix of the heads: mean, max or min.
+        discard: Share of the lowest attention weights that rollout and last leave out, in [0, 1).
+
+    Raises:
+        ValueError: If the method is unknown, has no use for another argument, or a class is not one of the model's.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    if method in CLASS_SPECIFIC and (fuse != "mean" or discard):
+        raise ValueError(f"method {method} weighs heads by gradients: fuse and discard are for rollout and last")
+    if method not in CLASS_SPECIFIC and not (target is None and against is None):
+        raise ValueError(
+            f"method {method} is the same for every class; ask {', '.join(sorted(CLASS_SPECIFIC))} instead"
+        )
+    if fuse not in FUSIONS:
+        raise ValueError(f"fuse {fuse!r} is not one of {', '.join(FUSIONS)}")
+    if not 0 <= discard < 1:
+        raise ValueError(f"discard must be in [0, 1), got {discard}")
+    classes = [_classes(value, model, images) for value in (target, against)]
+    grid = model.grid_of(images.shape[-2], images.shape[-1])
+    size = _part_size(model, grid, method)
+    logits, maps = [], []
+    with torch.inference_mode(False):  # class-specific methods need gradients, whatever the caller has switched off
+        for i in range(0, len(images), size):
+            part = images[i : i + size].detach().clone().requires_grad_(method in CLASS_SPECIFIC)
+            ask = Question(*(c if c is None else c[i : i + size] for c in classes), fuse, discard)
+            part_logits, rows = METHODS[method](model, part, ask)
+            logits.append(part_logits.detach())
+            maps.append(_normalized(rows.detach()[:, model.num_prefix_tokens :]).unflatten(1, grid))
+    return torch.cat(logits), torch.cat(maps)
+
+
+def _classes(value: Target | None, model: VisionTransformer, images: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    classes = torch.as_tensor(value, device=images.device)
+    if classes.shape not in ((), (len(images),)):
+        raise ValueError(f"{len(images)} images need one class or {len(images)}, got {classes.numel()}")
+    for c in classes.flatten().tolist():
+        if not 0 <= c < model.num_classes:
+            raise ValueError(f"class {c} is not one of the model's 0 to {model.num_classes - 1}")
+    return classes.expand(len(images))
+
+
+def _part_size(model: VisionTransformer, grid: tuple[int, int], method: str) -> int:
+    """Images to take at a time, so that the attention weights held stay within MEMORY."""
+    heads, tokens = model.architecture["num_heads"], grid[0] * grid[1] + model.num_prefix_tokens
+    # Matrices held of an image: scores and weights of the heads of a block; with gradients those of every block.
+    held = {"relevance": 4 * heads * len(model.blocks), "lrp": 3 * heads * len(model.blocks)}.get(method, 4 * heads)
+    return max(1, MEMORY // (4 * tokens**2 * (held + len(model.blocks))))
+
+
+def _normalized(rows: Tensor) -> Tensor:
+    """Positive part, summing to 1; even where nothing is positive."""
+    rows = rows.float().clamp_min(0)
+    total = rows.sum(1, keepdim=True)
+    return torch.where(total > 0, rows / total, 1 / rows.shape[1])
+
+
+@torch.no_grad()
+def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, classes), and attention as it is, unmixed, for people to browse.
+
+    Also returned: what the pooled token attends to in every layer and head, (B, L, h, grid height, grid width); and what
+    each patch attends to, mean over layers and heads, (B, grid height, grid width, grid height, grid width). Both leave
+    the prefix tokens out, so that they need not sum to 1.
+
+    Args:
+        model: In eval mode.
+        images: Normalised images (B, in_chans, H, W), on the model's device and of its type.
+    """
+    grid = model.grid_of(images.shape[-2], images.shape[-1])
+    patches = slice(model.num_prefix_tokens, None)
+    heads = []
+
+    def keep(weights: Tensor) -> Tensor:
+        start = pooling_weights(model, weights.shape[-1]).to(weights.dtype)
+        heads.append((start @ weights)[..., patches].float())  # (B, h, P)
+        return fuse_heads(weights)[:, patches, patches]
+
+    logits, fused = model.forward_attention(images, keep)
+    return (
+        logits,
+        torch.stack(heads, 1).unflatten(-1, grid),
+        sum(fused).div(len(fused)).unflatten(2, grid).unflatten(1, grid),
+    )

@@ -1,0 +1,373 @@
+"""A run of predict.py: sources in, records out, in order; what it came to and how it ended.
+
+Imports are late: an interrupt while torch loads ends as quietly as any other.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit.gallery import Gallery
+    from vit.inputs import Inputs, Unreadable
+    from vit.predictor import Predictor
+    from vit.records import Format, Output, Record
+
+    Item = str | Unreadable
+
+OK, USAGE, SOME_FAILED, NONE_SUCCEEDED = 0, 2, 3, 4
+
+
+class Stopped(BaseException):
+    """A signal asked for the end."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def run(options: argparse.Namespace) -> int:
+    """Classify everything; the exit code.
+
+    Args:
+        options: What predict.py's parser gives, checked.
+    """
+    try:
+        with signals(), quiet_libraries():
+            return load_and_classify(options)
+    except Stopped as stop:
+        return 128 + stop.number
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Stopped, once; where signals cannot be caught (another thread) nothing changes."""
+
+    def stop(number: int, frame: object) -> None:
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(caught, signal.SIG_IGN)  # the end is on its way; a second one must not break it
+        raise Stopped(number)
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Native code (libtiff) writes warnings straight to descriptor 2; only what Python says is for the user."""
+    try:
+        if sys.stderr.fileno() != 2:
+            raise OSError
+        keep = os.dup(2)
+    except (OSError, AttributeError, ValueError):  # no real standard error
+        yield
+        return
+    sys.stderr.flush()
+    before, nowhere = sys.stderr, os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    sys.stderr = open(keep, "w", encoding=before.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            sys.stderr.flush()
+        sys.stderr = before
+        os.dup2(keep, 2)
+        os.close(keep)
+
+
+def say(text: str) -> None:
+    """A line for the user, not a record."""
+    with suppress(OSError):  # nobody may be listening
+        print(text, file=sys.stderr, flush=True)
+
+
+def load_and_classify(options: argparse.Namespace) -> int:
+    """Load the model and classify everything; the exit code."""
+    from vit.checkpoint import CheckpointError
+    from vit.inputs import Inputs
+    from vit.predictor import Predictor
+    from vit.records import Output, OutputError
+
+    try:
+        predictor = Predictor.from_checkpoint(options.checkpoint, device=options.device, precision=options.precision)
+    except (CheckpointError, ValueError) as error:
+        say(f"predict.py: {error}")
+        return USAGE
+    if options.classes:
+        return write_classes(predictor.class_names)
+    stdin = sys.stdin.buffer if "-" in options.sources else None
+    inputs = Inputs(options.sources, recursive=options.recursive, stdin=stdin)
+    summary = Summary()
+    try:
+        output = Output(options.out, record_format(options, predictor), resume=options.resume)
+        try:
+            with progress(options, inputs) as advance:
+                classify(options, predictor, inputs, output, summary, advance)
+            output.finish()
+        finally:
+            output.close()
+    except Stopped as stop:
+        summary.tell(inputs)
+        say(f"stopped by {signal.Signals(stop.number).name}{where(options)}")
+        return 128 + stop.number
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except OutputError as error:
+        summary.tell(inputs)
+        say(f"predict.py: {error}")
+        return USAGE
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        say(f"predict.py: out of memory; try a --batch-size below {options.batch_size or predictor.batch_size}")
+        return USAGE
+    summary.tell(inputs)
+    if not summary.failed and (summary.classified or options.shard[1] > 1):
+        return OK
+    return SOME_FAILED if summary.classified else NONE_SUCCEEDED
+
+
+def write_classes(names: tuple[str, ...]) -> int:
+    """A name a line to standard output; the exit code."""
+    try:
+        sys.stdout.write("".join(f"{name}\n" for name in names))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
+        return 128 + signal.SIGPIPE
+    return OK
+
+
+def where(options: argparse.Namespace) -> str:
+    """What became of the records so far."""
+    if options.out is None:
+        return ""
+    hint = "; --resume goes on" if options.format in ("jsonl", "csv") else ""
+    return f"; the records so far are in {options.out}.partial{hint}"
+
+
+def record_format(options: argparse.Namespace, predictor: "Predictor") -> "Format":
+    """What writes the records."""
+    from vit import records
+
+    top_k = min(options.top_k, len(predictor.class_names))
+    extra = ("unsure",) * (options.threshold is not None) + ("map",) * (options.maps is not None)
+    if options.format in ("csv", "parquet"):
+        return (records.Csv if options.format == "csv" else records.Parquet)(top_k, extra)
+    if options.format == "table":
+        return records.Table(predictor.class_names)
+    return records.Json() if options.format == "json" else records.JsonLines()
+
+
+def classify(
+    options: argparse.Namespace,
+    predictor: "Predictor",
+    inputs: "Inputs",
+    output: "Output",
+    summary: "Summary",
+    advance: Callable[[int], None],
+) -> None:
+    """Every input to a record of the output, batch by batch."""
+    from vit.gallery import Gallery
+    from vit.predictor import batches
+    from vit.records import OutputError
+
+    gallery = None
+    if options.maps or options.report:
+        gallery = Gallery(predictor.about, method=options.method, folder=options.maps, report=options.report)
+    part, parts = options.shard
+    pieces = islice(batches(inputs, options.batch_size or predictor.batch_size), part - 1, None, parts)
+    again: list[bytes] = []  # records that are there already and are made once more, to see that they are the same
+    if options.resume:
+        pieces, again = resumed(pieces, output, summary, rerun_below=gallery.limit if gallery else 0)
+    output.start()
+    done = 0
+    for batch in predictor.classify(pieces, methods=(options.method,) if gallery else (), workers=options.workers):
+        for record in records_of(batch, options, predictor, gallery):
+            if done < len(again):
+                if output.format.record(record) != again[done] and b'"error"' not in again[done]:
+                    raise OutputError(
+                        f"{output.name}: this run gives another record for {record['path']} than the unfinished one: "
+                        "other weights, options or machine; run without --resume to start again"
+                    )
+            else:
+                output.write(record)
+                summary.add(record)
+            done += 1
+        advance(len(batch.sources))
+    if gallery:
+        gallery.flush(end=True)
+
+
+def resumed(
+    pieces: "Iterator[list[Item]]", output: "Output", summary: "Summary", *, rerun_below: int
+) -> "tuple[Iterator[list[Item]], list[bytes]]":
+    """The batches that are still to do, from the last recorded one on, and the records that are there of those.
+
+    Args:
+        pieces: All batches.
+        output: Holds the records so far; their paths must be those of the inputs.
+        summary: Counts them.
+        rerun_below: With fewer classified images than this, all are run again: the sheet needs them.
+    """
+    from vit.records import OutputError, shown
+
+    kept = output.kept()
+    todo: list[list[Item]] = []
+    again: list[bytes] = []
+    for batch in pieces:
+        records = list(islice(kept, len(batch)))
+        for item, (record, _) in zip(batch, records, strict=False):
+            if shown(path_of(item)) != shown(record["path"]):
+                raise OutputError(
+                    f"{output.name}: its unfinished records have {shown(record['path'])} where the images now have "
+                    f"{shown(path_of(item))}; run without --resume to start again"
+                )
+            summary.add(record)
+            summary.resumed += 1
+        if records and summary.classified > rerun_below:
+            todo, again = [], []
+        todo.append(batch)
+        again += [data for _, data in records]
+        if len(records) < len(batch):
+            break
+    if next(kept, None) is not None:
+        raise OutputError(f"{output.name}: more records than there are images; run without --resume to start again")
+    return chain(todo, pieces), again
+
+
+def path_of(item: "Item") -> str:
+    """The path of an input, readable or not."""
+    return item if isinstance(item, str) else item.path
+
+
+def records_of(
+    batch: Any, options: argparse.Namespace, predictor: "Predictor", gallery: "Gallery | None"
+) -> "Iterator[Record]":
+    """The records of a batch, in order; its maps are on disk before the first one is given."""
+    best = batch.scores.topk(min(options.top_k, len(predictor.class_names)), dim=1)
+    predictions = [
+        [{"label": predictor.class_names[i], "score": round(score, 6)} for i, score in zip(*row, strict=True)]
+        for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    paths = [path_of(source) for source in batch.sources]
+    maps: Iterator[str | None] = iter(())
+    if gallery:
+        good = [path for path, error in zip(paths, batch.errors, strict=True) if error is None]
+        grids = batch.grids.get(options.method, ())
+        named = [predictor.prediction(scores).scores for scores in batch.scores]
+        maps = iter(gallery.add(good, grids, named))
+        gallery.flush()
+    rows = iter(predictions)
+    for path, error in zip(paths, batch.errors, strict=True):
+        if error is not None:
+            yield {"path": path, "error": str(error)}
+            continue
+        record: Record = {"path": path, "predictions": next(rows)}
+        if options.threshold is not None:
+            record["unsure"] = record["predictions"][0]["score"] < options.threshold
+        if options.maps:
+            record["map"] = next(maps)
+        yield record
+
+
+class Summary:
+    """What a run came to."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.labels: Counter[str] = Counter()
+        self.failed = self.unsure = self.resumed = 0
+
+    @property
+    def classified(self) -> int:
+        return self.labels.total()
+
+    def add(self, record: "Record") -> None:
+        """Count a record."""
+        if "error" in record:
+            self.failed += 1
+        else:
+            self.labels[record["predictions"][0]["label"]] += 1
+            self.unsure += bool(record.get("unsure"))
+
+    def tell(self, inputs: "Inputs") -> None:
+        """Say it on standard error."""
+        seconds = time.perf_counter() - self.begin
+        total = self.classified + self.failed
+        rate = (total - self.resumed) / seconds
+        words = f"{total} images in {seconds:.1f} s ({rate:.0f}/s): {self.classified} classified, {self.failed} failed"
+        say(words + f", {self.unsure} unsure" * bool(self.unsure))
+        if self.labels:
+            most = self.labels.most_common(10)
+            rest = len(self.labels) - len(most)
+            say("  " + ", ".join(f"{label} {n}" for label, n in most) + f" and {rest} more classes" * bool(rest))
+        if inputs.passed_over:
+            kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in inputs.passed_over.most_common(5))
+            count = inputs.passed_over.total()
+            say(f"  {count} other files in the folders were left out ({kinds}); name them to try them")
+
+
+@contextmanager
+def progress(options: argparse.Namespace, inputs: "Inputs") -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, if that is a terminal and records do not scroll through it; gives the step function."""
+    if not sys.stderr.isatty() or (options.out is None and os.isatty(1)):
+        yield lambda n: None
+        return
+    import threading
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vit.inputs import Inputs
+
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} images/s"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    begin, stop = time.perf_counter(), threading.Event()
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("", total=None, rate="?")
+
+        def count() -> None:  # beside the work, so that a million files need not be listed first
+            total = 0
+            for _ in Inputs(options.sources, recursive=options.recursive):
+                total += 1
+                if stop.is_set():
+                    return
+            bar.update(task, total=-(-total // options.shard[1]))
+
+        if inputs.stdin is None:
+            threading.Thread(target=count, daemon=True).start()
+
+        def advance(n: int) -> None:
+            done = bar.tasks[0].completed + n
+            bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - begin):.0f}")
+
+        try:
+            yield advance
+        finally:
+            stop.set()
