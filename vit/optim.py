@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from timm.optim import Muon
+from timm.optim.muon import Muon
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -38,8 +38,8 @@ def build_optimizer(
         name: ``adamw``, or ``muon`` (Jordan et al. 2024; Liu et al. 2025, 2502.16982), by timm.
         lr: Peak learning rate of AdamW.
         muon_lr: Peak learning rate of Muon; its update has the size sqrt(max(1, rows / columns)) for rate 1.
-        weight_decay: Decoupled decay of AdamW's matrices, a step's share being lr times this; Muon's matrices decay
-            by the same share, so that the choice of optimiser does not change what is regularised.
+        weight_decay: Decoupled decay of matrices; a step takes the learning rate times this off them. With Muon it is what
+            keeps them small, as its updates do not shrink with the gradient.
     """
     groups = parameter_groups(model)
     decayed: dict[str, Any] = {"params": groups["weights"], "lr": lr, "weight_decay": weight_decay}
@@ -48,7 +48,7 @@ def build_optimizer(
         decayed["params"] = groups["hidden"] + groups["weights"]
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
         return AdamW([g for g in (decayed, plain) if g["params"]], betas=(0.9, 0.99), fused=fused)
-    hidden = {"params": groups["hidden"], "lr": muon_lr, "weight_decay": weight_decay * lr / muon_lr}
+    hidden = {"params": groups["hidden"], "lr": muon_lr, "weight_decay": weight_decay}
     others = [{**group, "use_fallback": True} for group in (decayed, plain)]
     return Muon(
         [g for g in (hidden, *others) if g["params"]], nesterov=True, adjust_lr_fn="original", betas=(0.9, 0.99)
