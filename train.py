@@ -1,20 +1,39 @@
 """Train, validate or test a vision transformer: ``python train.py fit --config configs/digits.yaml``."""
 
+import logging
 import os
+import signal
 import sys
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from data.datamodule import ImageDataModule
+from vit.checkpoint import load_checkpoint
 from vit.classifier import ViTClassifier
+from vit.guard import Diverged, Guard
 from vit.progress import TrainingProgress
+from vit.saving import CheckpointFile
 
 FACTS = ("class_names", "mean", "std", "image_size")  # flow from the data to the model
+
+
+class Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line; the usual way is to print all options first."""
+        raise ValueError(message) from ex
+
+
+def several(value: Any) -> list[Any]:
+    """What Lightning takes as none, one or a list, as a list."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 class TrainCLI(LightningCLI):
@@ -24,28 +43,60 @@ class TrainCLI(LightningCLI):
         for fact in FACTS:
             parser.link_arguments(f"data.{fact}", f"model.{fact}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")  # the best; before the guard saves its state
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
+        parser.add_lightning_class_args(Guard, "guard")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
                 "trainer.use_distributed_sampler": False,  # the data module shards: without padding, and resumable
                 "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,  # TrainingProgress says it in two lines
                 "checkpoint.filename": "best",
                 "checkpoint.monitor": "val/acc",
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Refuse an unusable checkpoint before anything is built; ``best`` is the run's, also in a later process.
+
+        Then Lightning takes the model's arguments from the file.
+        """
+        config = self.config[self.config["subcommand"]]
+        root, path = Path(config["trainer"]["default_root_dir"]), config.get("ckpt_path")
+        if path == "best":
+            path = config["ckpt_path"] = str(root / "best.ckpt")
+        elif path == "last" and (root / "last.ckpt").exists():
+            path = root / "last.ckpt"
+        if path not in (None, "last"):
+            if Path(path).suffix != ".ckpt":
+                raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last")
+            load_checkpoint(path)
+        super()._parse_ckpt_path()
+
+    def before_fit(self) -> None:
+        """A run that has ended is not started again by a command that may run in a loop."""
+        root = Path(self.trainer.default_root_dir)
+        last, exported = root / "last.ckpt", root / "model.safetensors"
+        if self._get(self.config, "ckpt_path") != "last" or not last.exists() or not exported.exists():
+            return
+        state = torch.load(last, weights_only=True, map_location="cpu", mmap=True)
+        limits = [self.trainer.max_epochs, self.trainer.max_steps]
+        if state["callbacks"]["Guard"]["done"] == limits and exported.stat().st_mtime >= last.stat().st_mtime:
+            print(f"{root}: this run is finished, {state['global_step']:,} steps; nothing was changed", file=sys.stderr)
+            sys.exit(0)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        config = self.config[self.subcommand]["trainer"]
+        config = self._get(self.config, "trainer")
+        given = self._get(self.config_init, "trainer")
+        kwargs["plugins"] = [*several(given["plugins"]), CheckpointFile()]
         if config["logger"] is None:
-            root = config["default_root_dir"]
-            kwargs["logger"] = [CSVLogger(root, name="", version=""), TensorBoardLogger(root, name="", version="")]
+            root, part = config["default_root_dir"], "" if self.subcommand == "fit" else self.subcommand
+            kwargs["logger"] = [kind(root, name="", version=part) for kind in (CSVLogger, TensorBoardLogger)]
         if config["enable_progress_bar"] is not False:
-            kwargs["callbacks"] = [TrainingProgress()]
+            kwargs["callbacks"] = [*several(given["callbacks"]), TrainingProgress()]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -56,15 +107,26 @@ def main(args: ArgsType = None) -> int:
         args: The arguments; none takes the program's own.
 
     Returns:
-        0 if all went well, 2 if the arguments or the data are not usable.
+        0 if all went well, 2 if the arguments, the data or the disk are not usable, 5 if training diverged; a signal
+        that ended the run leaves as SystemExit with 128 + its number.
     """
-    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # a checkpoint is data: it must not run code
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a checkpoint is data: it must not run code
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    set_parsing_settings(  # and so is a config, and the arguments in a checkpoint
+        instantiate_subclass_spec_in_any=False, import_path_denylist=["*"], import_path_allowlist=["lightning", "vit"]
+    )
     torch.set_float32_matmul_precision("high")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hints and advertisements
     for text in (
+        ".*args parameter is intended to run from within Python.*",  # which is how our tests run it
         ".*does not have many workers.*",  # small sets are in memory and need none
         ".*Experiment logs directory.*exists and is not empty.*",  # a run may be started again
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*number of training batches.*is smaller than the logging interval.*",
+        ".*LeafSpec.*is deprecated.*",  # Lightning's own affair
+        ".*resuming from a checkpoint that ended before the epoch ended.*",  # TrainOrder goes on where it stopped
+        ".*The dirpath has changed.*",  # a checkpoint of another folder
+        ".*ckpt_path=.last..* is set, but there is no last checkpoint.*",  # a first run
     ):
         warnings.filterwarnings("ignore", text)
     try:
@@ -72,13 +134,21 @@ def main(args: ArgsType = None) -> int:
             ViTClassifier,
             ImageDataModule,
             args=args,
+            parser_class=Parser,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
         )
-    except ValueError as error:  # a setting or an image that cannot be used; its message is for the user
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, MisconfigurationException) as error:  # a setting or a file that cannot be used
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"train.py: diverged: {error}; try a lower learning rate", file=sys.stderr)
+        return 5
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning makes the one the other
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            return 128 + signal.SIGINT  # before training began; after that the guard sees to it
+        raise
     return 0
 
 

@@ -1,5 +1,6 @@
 """Images of one data set, in batches: uint8 up to the device, normalised and augmented there."""
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,14 @@ class TrainOrder(Sampler[Draw]):
     """
 
     def __init__(
-        self, *, size: int, batch_size: int, seed: int, rank: int, world_size: int, position: Callable[[], tuple[int, int]]
+        self,
+        *,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        position: Callable[[], tuple[int, int]],
     ):
         if size < world_size:
             raise DataError(f"{size} training images cannot be shared by {world_size} processes: use fewer devices")
@@ -82,13 +90,19 @@ class EvalOrder(Sampler[Draw]):
     """Each image once over all ranks, none twice: no padding, so that every number of ranks measures the same."""
 
     def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int):
-        self.chunks = torch.arange(rank, size, world_size).split(batch_size)
+        self.chunks = torch.arange(size)[rank::world_size].split(batch_size)  # an empty one if there are too few
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[Draw]:
         return (Draw(0, chunk) for chunk in self.chunks)
+
+
+def ignore_signals(worker: int) -> None:
+    """Signals go to every process of a run; the trainer decides, and still needs its workers to end a step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ImageDataModule(LightningDataModule):
@@ -205,12 +219,19 @@ class ImageDataModule(LightningDataModule):
 
     def _rank(self) -> dict[str, int]:
         trainer = self.trainer
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {"rank": 0, "world_size": 1}
+        return (
+            {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {"rank": 0, "world_size": 1}
+        )
 
     def _loader(self, dataset: SplitDataset, order: Sampler) -> DataLoader:
         workers = 0 if isinstance(dataset.split.images, Tensor) else self.num_workers
         return DataLoader(
-            dataset, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0
+            dataset,
+            sampler=order,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_signals,
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

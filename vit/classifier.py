@@ -2,8 +2,10 @@
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +23,7 @@ from vit.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoin
 from vit.model import VisionTransformer
 from vit.optim import build_optimizer, learning_rate
 from vit.preprocess import Preprocess
+from vit.pretrained import start_from
 
 
 class Batch(Protocol):
@@ -47,6 +50,11 @@ class ViTClassifier(LightningModule):
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
         resolution: Pairs (until, factor): up to this share of the steps images are scaled by this factor; after the
             last pair they have their full size. Fewer pixels are fewer tokens: cheap steps first, sharp ones last.
+        pretrained: What to start from: a model file of ours, a folder with ``config.json``, or a timm name; none for
+            random weights. The architecture is read from it.
+        freeze: Train the head alone (a linear probe).
+        layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 0.65 to 0.9 is usual
+            for fine-tuning.
         vit: Arguments of VisionTransformer.
     """
 
@@ -67,15 +75,29 @@ class ViTClassifier(LightningModule):
         schedule: Literal["cosine", "linear"] = "cosine",
         label_smoothing: float = 0.0,
         resolution: Sequence[tuple[float, float]] = (),
+        pretrained: str | None = None,
+        freeze: bool = False,
+        layer_decay: float = 1.0,
         **vit: Any,
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.vit = VisionTransformer(image_size=image_size, in_chans=len(mean), num_classes=len(class_names), **vit)
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"model.layer_decay must be in (0, 1], got {layer_decay}")
+        self.pretrained, self.adapted = pretrained, []
+        if pretrained is None:
+            self.vit = VisionTransformer(image_size=image_size, in_chans=len(mean), num_classes=len(class_names), **vit)
+        else:
+            facts = {"image_size": image_size, "class_names": class_names, "mean": mean, "std": std}
+            self.vit, self.adapted = start_from(pretrained, **facts, **asked_for(vit))
+        if freeze:
+            self.vit.requires_grad_(False).head.requires_grad_(True)
         self.class_names = tuple(class_names)
         self.preprocess = Preprocess(image_size=self.vit.image_size, mean=tuple(mean), std=tuple(std))
         self.optimizer = {"name": optimizer, "lr": lr, "muon_lr": muon_lr, "weight_decay": weight_decay}
-        self.warmup, self.schedule, self.label_smoothing = warmup, schedule, label_smoothing
+        self.layer_decay = layer_decay
+        self.warmup, self.label_smoothing = warmup, label_smoothing
+        self.schedule: Literal["cosine", "linear"] = schedule
         self.resolution = sorted((float(until), float(factor)) for until, factor in resolution)
         for until, factor in self.resolution:
             if not 0 < until <= 1 or not 0 < factor <= 1:
@@ -86,7 +108,7 @@ class ViTClassifier(LightningModule):
         self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15)
         self.fit_temperature = Temperature()
         self.register_buffer("temperature", torch.tensor(1.0))
-        self.total_steps, self.started = 1, time.monotonic()
+        self.total_steps, self.started, self.minutes = 1, time.monotonic(), 0.0
 
     def _metrics(self, prefix: str) -> MetricCollection:
         classes = len(self.class_names)
@@ -108,7 +130,8 @@ class ViTClassifier(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Stochastic depth draws at a step what it would draw in a run that was never interrupted.
-        torch.manual_seed(hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.global_step, self.global_rank)))
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self.vit(self.rescale(batch.images)).float()
@@ -140,7 +163,8 @@ class ViTClassifier(LightningModule):
     def _evaluate(self, stage: str, batch: Batch, loss: MeanMetric, metrics: MetricCollection) -> Tensor:
         logits = self.vit(batch.images).float()
         loss.update(F.cross_entropy(logits, batch.labels, reduction="none"))
-        metrics.update(logits.softmax(-1), batch.labels)
+        if len(batch.labels):  # none where there are fewer images than ranks
+            metrics.update(logits.softmax(-1), batch.labels)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True)
         self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True)  # torchmetrics sums over ranks by itself
         return logits
@@ -153,8 +177,11 @@ class ViTClassifier(LightningModule):
     # Optimisation
 
     def configure_optimizers(self) -> dict[str, Any]:
-        self.total_steps = int(self.trainer.estimated_stepping_batches)
-        optimizer = build_optimizer(self.vit, **self.optimizer)
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("the learning rate needs an end: give trainer.max_epochs or trainer.max_steps")
+        self.total_steps = int(total)
+        optimizer = build_optimizer(self.vit, **self.optimizer, layer_decay=self.layer_decay)
         warmup = int(self.warmup * self.total_steps)
         factor = learning_rate(total=self.total_steps, warmup=warmup, shape=self.schedule)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -164,6 +191,9 @@ class ViTClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         self.started = time.monotonic()
+        if self.pretrained and self.trainer.is_global_zero:
+            for note in self.adapted:
+                print(f"{self.pretrained}: {note}", file=sys.stderr)
 
     def about(self) -> Checkpoint:
         """The description that goes with the present weights."""
@@ -175,11 +205,12 @@ class ViTClassifier(LightningModule):
             preprocess=self.preprocess,
             temperature=float(self.temperature),
             metrics=metrics,
-            training={
+            training=({"pretrained": self.pretrained} if self.pretrained else {})
+            | {
                 "dataset": str(getattr(getattr(trainer, "datamodule", None), "dataset", "")),
                 "epochs": trainer.current_epoch + 1,
                 "steps": self.global_step,
-                "minutes": round((time.monotonic() - self.started) / 60, 2),
+                "minutes": round(self.minutes + (time.monotonic() - self.started) / 60, 2),
                 "device": device_name(self.device),
                 "devices": trainer.world_size,
                 "precision": str(trainer.precision),
@@ -190,6 +221,15 @@ class ViTClassifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["vit"] = describe(self.about())
+        checkpoint["state_dict"]["temperature"] = self.temperature  # as fitted, also where weights are averages
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs = checkpoint["vit"]
+        ours = {**self.vit.architecture, "class_names": self.class_names}
+        for name, value in {**theirs["architecture"], "class_names": theirs["class_names"]}.items():
+            if ours[name] != value:
+                raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
+        self.minutes = theirs["training"]["minutes"]
 
     def on_fit_end(self) -> None:
         """Write ``model.safetensors`` from the best weights, beside the run's other files."""
@@ -198,6 +238,12 @@ class ViTClassifier(LightningModule):
             return
         model, about = load_checkpoint(callback.best_model_path)
         save_checkpoint(Path(self.trainer.default_root_dir) / "model.safetensors", model.state_dict(), about)
+
+
+def asked_for(vit: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of VisionTransformer that are not its defaults: what the user wants of a pretrained model."""
+    defaults = {name: parameter.default for name, parameter in signature(VisionTransformer).parameters.items()}
+    return {name: value for name, value in vit.items() if value != defaults.get(name)}
 
 
 def device_name(device: torch.device) -> str:

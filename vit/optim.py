@@ -28,8 +28,32 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def split_by_depth(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
+    """A group of parameters as one for each block, whose learning rates fall by a factor a block, head to embedding.
+
+    Args:
+        model: The module, with ``blocks``.
+        group: Some of its parameters, with ``lr``.
+        decay: The factor, in (0, 1] (ELECTRA, Clark et al. 2020, 2003.10555; for ViTs BEiT, 2106.08254).
+    """
+    blocks = [{id(p) for p in block.parameters()} for block in model.blocks]  # type: ignore[union-attr, arg-type]
+    last = {id(p) for name, p in model.named_parameters() if name.split(".")[0] in ("norm", "fc_norm", "head")}
+    parts: dict[int, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        below = next((i for i, ids in enumerate(blocks) if id(parameter) in ids), -1)
+        height = len(blocks) if id(parameter) in last else below
+        parts.setdefault(len(blocks) - height, []).append(parameter)
+    return [{**group, "params": parts[n], "lr": group["lr"] * decay**n} for n in sorted(parts)]
+
+
 def build_optimizer(
-    model: nn.Module, *, name: Literal["adamw", "muon"], lr: float, muon_lr: float, weight_decay: float
+    model: nn.Module,
+    *,
+    name: Literal["adamw", "muon"],
+    lr: float,
+    muon_lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019, 1711.05101), or Muon on the hidden matrices with AdamW for everything else.
 
@@ -40,19 +64,22 @@ def build_optimizer(
         muon_lr: Peak learning rate of Muon; its update has the size sqrt(max(1, rows / columns)) for rate 1.
         weight_decay: Decoupled decay of matrices; a step takes the learning rate times this off them. With Muon it is what
             keeps them small, as its updates do not shrink with the gradient.
+        layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 1 for none.
     """
+    def ready(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        groups = [group for group in groups if group["params"]]
+        return groups if layer_decay == 1 else [part for g in groups for part in split_by_depth(model, g, layer_decay)]
+
     groups = parameter_groups(model)
     decayed: dict[str, Any] = {"params": groups["weights"], "lr": lr, "weight_decay": weight_decay}
     plain: dict[str, Any] = {"params": groups["rest"], "lr": lr, "weight_decay": 0.0}
     if name == "adamw":
         decayed["params"] = groups["hidden"] + groups["weights"]
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-        return AdamW([g for g in (decayed, plain) if g["params"]], betas=(0.9, 0.99), fused=fused)
+        return AdamW(ready([decayed, plain]), betas=(0.9, 0.99), fused=fused)
     hidden = {"params": groups["hidden"], "lr": muon_lr, "weight_decay": weight_decay}
     others = [{**group, "use_fallback": True} for group in (decayed, plain)]
-    return Muon(
-        [g for g in (hidden, *others) if g["params"]], nesterov=True, adjust_lr_fn="original", betas=(0.9, 0.99)
-    )
+    return Muon(ready([hidden, *others]), nesterov=True, adjust_lr_fn="original", betas=(0.9, 0.99))
 
 
 def learning_rate(*, total: int, warmup: int, shape: Literal["cosine", "linear"]) -> Callable[[int], float]:

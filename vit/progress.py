@@ -24,6 +24,7 @@ class TrainingProgress(ProgressBar):
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.loss = self.images = self.drawn = self.since = self.line = 0.0
+        self.unsaid = ""  # line of an epoch that came too soon after the last one
 
     def disable(self) -> None:
         self.enabled = False
@@ -39,6 +40,7 @@ class TrainingProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or not trainer.is_global_zero:
             return
+        self._introduce(trainer, pl_module)
         self.since = self.drawn = time.monotonic()
         self.images = self.loss = 0.0
         total = trainer.estimated_stepping_batches
@@ -57,6 +59,21 @@ class TrainingProgress(ProgressBar):
         self.task = self.bar.add_task("training", total=total, completed=trainer.global_step, numbers="")
         self.bar.start()
 
+    def _introduce(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Who learns what, where: two lines before the bar."""
+        vit: Any = pl_module.vit
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        size = sum(p.numel() for p in vit.parameters())
+        (height, width), (rows, columns) = vit.patch_size, vit.grid_size
+        what = f"{data.dataset}: {len(data.train):,} training and {len(data.val):,} validation images, "
+        self.console.print(f"{what}{vit.num_classes} classes", highlight=False)
+        self.console.print(
+            f"ViT of {size / 1e6:.2f} M parameters, {rows}x{columns} patches of {height}x{width} pixels; "
+            f"{trainer.estimated_stepping_batches:,} steps on {trainer.num_devices * trainer.num_nodes} x "
+            f"{pl_module.device.type}",
+            highlight=False,
+        )
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -64,44 +81,44 @@ class TrainingProgress(ProgressBar):
             return
         self.images += len(batch.labels) * trainer.world_size
         now = time.monotonic()
-        if now - self.drawn < 0.25:
+        if self.loss and now - self.drawn < 0.25:
             return
         loss = float(outputs["loss"])
         self.loss = loss if not self.loss else 0.9 * self.loss + 0.1 * loss
-        rate = self.images / (now - self.drawn)
+        rate = self.images / max(now - self.drawn, 1e-9)
         self.drawn, self.images = now, 0.0
         self._draw(trainer, rate)
 
     def _draw(self, trainer: Trainer, rate: float | None = None) -> None:
-        assert self.bar is not None and self.task is not None
+        assert self.bar is not None
+        assert self.task is not None
         numbers = [f"loss {self.loss:.3f}"]
         if (accuracy := trainer.callback_metrics.get("val/acc")) is not None:
             numbers.append(f"val acc {float(accuracy):.1%}")
         if rate is not None:
             numbers.append(f"{rate:,.0f} images/s")
-        epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         self.bar.update(
             self.task,
             completed=trainer.global_step,
-            description=f"epoch {trainer.current_epoch + 1}{epochs}",
+            description=f"epoch {epoch_of(trainer)}",
             numbers="  ".join(numbers),
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bar is None or self.console.is_terminal:
             return
-        now, last = time.monotonic(), trainer.current_epoch + 1 == trainer.max_epochs
-        if now - self.line < 5 and not last:
-            return
-        self.line = now
+        now = time.monotonic()
         accuracy = trainer.callback_metrics.get("val/acc")
         shown = f"  val acc {float(accuracy):.1%}" if accuracy is not None else ""
-        print(
-            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {self.loss:.3f}{shown}  "
-            f"{now - self.since:,.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        self.unsaid = f"epoch {epoch_of(trainer):>7}  loss {self.loss:.3f}{shown}  {now - self.since:,.0f} s"
+        if now - self.line >= 5:
+            self.line = now
+            self._say()
+
+    def _say(self) -> None:
+        if self.unsaid:
+            print(self.unsaid, file=sys.stderr, flush=True)
+            self.unsaid = ""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -110,6 +127,13 @@ class TrainingProgress(ProgressBar):
         self._close()
 
     def _close(self) -> None:
+        self._say()
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def epoch_of(trainer: Trainer) -> str:
+    """Number of the present epoch, from 1, and of how many if that is known."""
+    epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    return f"{trainer.current_epoch + 1}{epochs}"

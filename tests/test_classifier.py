@@ -1,0 +1,297 @@
+"""The system learns, measures what scikit-learn measures, and keeps what a checkpoint must hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from sklearn import metrics
+from torch.utils.data import DataLoader
+
+from data.datamodule import Batch
+from vit.calibration import Temperature
+from vit.checkpoint import load_checkpoint
+from vit.classifier import ViTClassifier, device_name
+
+CLASSES = tuple("abcdefg")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*have no .val_dataloader"),
+]
+
+
+def classifier(kind: type[ViTClassifier] = ViTClassifier, **change: Any) -> ViTClassifier:
+    torch.manual_seed(0)
+    settings = {
+        "image_size": (8, 8),
+        "class_names": CLASSES,
+        "mean": (0.5,),
+        "std": (0.25,),
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+    }
+    return kind(**{**settings, **change})
+
+
+def trainer(tmp_path: Path, **change: Any) -> Trainer:
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**{**settings, **change})
+
+
+def batch_of(count: int, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 1, 8, 8, generator=generator)
+    labels = torch.randint(0, len(CLASSES), (count,), generator=generator)
+    return Batch(images, labels, torch.arange(count), 0)
+
+
+def loader(*batches: Batch) -> DataLoader:
+    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
+
+
+def parts(batch: Batch, size: int) -> list[Batch]:
+    """A set in batches, of which the last is smaller."""
+    pieces = zip(batch.images.split(size), batch.labels.split(size), batch.indices.split(size), strict=True)
+    return [Batch(*piece, 0) for piece in pieces]
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Guo et al. 2017, eq. 3, with 15 bins, straight from the definition."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    return sum(
+        abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)
+    )
+
+
+def logits_of(model: ViTClassifier, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_overfits_one_batch(tmp_path, optimizer):
+    batch = batch_of(16)
+    model = classifier(optimizer=optimizer, lr=1e-2, weight_decay=0.0)
+    trainer(tmp_path, max_epochs=1).fit(model, loader(*[batch] * 120))
+    logits = logits_of(model, batch.images)
+    assert torch.equal(logits.argmax(-1), batch.labels)
+    assert F.cross_entropy(logits, batch.labels) < 0.1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_is_smoothed_cross_entropy(tmp_path, smoothing):
+    batch, model = batch_of(16), classifier(label_smoothing=smoothing)
+    log_p = logits_of(model, batch.images).log_softmax(-1)
+    right = log_p.gather(1, batch.labels[:, None]).mean()
+    expected = -(1 - smoothing) * right - smoothing * log_p.mean()
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(model.train(), loader(batch))
+    assert float(run.callback_metrics["train/loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_learning_rate_ends_near_zero_after_its_peak(tmp_path):
+    model, rates = classifier(lr=0.5, warmup=0.25, schedule="linear"), []
+    model.on_train_batch_end = lambda *_: rates.append(model.trainer.optimizers[0].param_groups[0]["lr"])  # type: ignore
+    trainer(tmp_path, max_epochs=2).fit(model, loader(*[batch_of(4)] * 4))
+    # After each step the rate of the next: 2 steps of warm-up, the peak at the third, 0 after the last.
+    assert rates == pytest.approx([0.5 * x for x in (2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)])
+
+
+def test_endless_run_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"give trainer.max_epochs or trainer.max_steps"):
+        trainer(tmp_path, max_epochs=-1).fit(classifier(), loader(batch_of(4)))
+
+
+def test_stochastic_depth_draws_by_step(tmp_path):
+    """Not by the state that earlier draws have left."""
+    results = []
+    for noise in (0, 1):
+        model = classifier(drop_path_rate=0.5, depth=4)
+        torch.manual_seed(noise)
+        trainer(tmp_path, max_epochs=1).fit(model, loader(*[batch_of(8)] * 3))
+        results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert torch.equal(*results)
+
+
+# Resolution
+
+
+class Stepped(ViTClassifier):
+    """A classifier at a step of our choice."""
+
+    step = 0
+
+    @property
+    def global_step(self) -> int:
+        return self.step
+
+
+def test_resolution_follows_its_schedule():
+    model = classifier(Stepped, resolution=[(0.6, 0.75), (0.3, 0.5)], image_size=(8, 16))
+    model.total_steps = 10
+    images, sizes = torch.randn(2, 1, 8, 16), []
+    for model.step in range(11):  # type: ignore[misc]
+        scaled = model.rescale(images)
+        sizes.append(tuple(scaled.shape[2:]))
+        assert model(scaled).shape == (2, len(CLASSES))
+    assert sizes == [(4, 8)] * 3 + [(6, 12)] * 3 + [(8, 16)] * 5
+
+
+def test_small_images_are_means_of_large_ones():
+    """Antialiased: no detail aliases into them. Halving an even ramp gives the mean of each pair of pixels."""
+    model = classifier(Stepped, resolution=[(1.0, 0.5)])
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    torch.testing.assert_close(model.rescale(ramp)[..., 1:-1], (ramp[..., ::2] + 0.5)[..., ::2, 1:-1])
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
+    assert model.rescale(stripes)[..., 1:-1].abs().max() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("resolution", "message"),
+    [
+        ([(0.5, 0.4)], "3 is not a multiple of patch size 2"),
+        ([(1.5, 0.5)], r"must be in \(0, 1\], got \(1.5, 0.5\)"),
+        ([(0.5, 0)], r"must be in \(0, 1\], got \(0.5, 0.0\)"),
+    ],
+)
+def test_resolution_that_cannot_be(resolution, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(resolution=resolution)
+
+
+# Measuring
+
+
+@pytest.fixture
+def measured() -> tuple[ViTClassifier, Batch, np.ndarray]:
+    """A model with opinions, 37 images and the model's probabilities of them."""
+    model, batch = classifier(), batch_of(37)
+    torch.nn.init.normal_(model.vit.head.weight, std=0.5)
+    return model, batch, logits_of(model, batch.images).double().softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("size", [8, 37, 1])
+def test_validation_measures_what_scikit_learn_does(tmp_path, measured, size):
+    model, batch, probabilities = measured
+    empty = Batch(batch.images[:0], batch.labels[:0], batch.indices[:0], 0)  # of a rank with nothing to do
+    (found,) = trainer(tmp_path).validate(model, loader(*parts(batch, size), empty), verbose=False)
+    labels = batch.labels.numpy()
+    everything = list(range(len(CLASSES)))
+    assert found == pytest.approx(
+        {
+            "val/acc": metrics.accuracy_score(labels, probabilities.argmax(1)),
+            "val/acc5": metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=everything),
+            "val/loss": metrics.log_loss(labels, probabilities, labels=everything),
+            "val/ece": calibration_error(probabilities, labels),
+        },
+        abs=5e-6,
+    )
+    assert 0 < found["val/acc"] < found["val/acc5"] < 1
+    assert model.temperature == 1  # fitted in training only
+
+
+def test_test_measures_calibrated_probabilities_too(tmp_path, measured):
+    model, batch, probabilities = measured
+    model.temperature.fill_(2.5)
+    (found,) = trainer(tmp_path).test(model, loader(*parts(batch, 8)), verbose=False)
+    labels, softer = batch.labels.numpy(), probabilities**0.4
+    assert found["test/acc"] == pytest.approx(metrics.accuracy_score(labels, probabilities.argmax(1)))
+    assert found["test/ece"] == pytest.approx(calibration_error(probabilities, labels), abs=1e-6)
+    softer = softer / softer.sum(1, keepdims=True)
+    assert found["test/ece_calibrated"] == pytest.approx(calibration_error(softer, labels), abs=1e-6)
+
+
+def test_top_five_of_two_classes_is_all(tmp_path):
+    model, batch = classifier(class_names=("cat", "dog")), batch_of(8)
+    batch = batch._replace(labels=batch.labels % 2)
+    assert trainer(tmp_path).validate(model, loader(batch), verbose=False)[0]["val/acc5"] == 1
+
+
+def test_metrics_start_afresh_each_epoch_and_temperature_is_the_best(tmp_path):
+    model, batch = classifier(lr=0.01), batch_of(37)
+    run = trainer(tmp_path, max_epochs=3)
+    run.fit(model, loader(batch_of(16, seed=1)), loader(*parts(batch, 8)))
+    logits = logits_of(model, batch.images)
+    expected = Temperature()
+    expected.update(logits, batch.labels)
+    assert float(model.temperature) == pytest.approx(float(expected.compute()), rel=1e-4)
+    assert float(model.temperature) != 1
+    assert float(run.callback_metrics["val/loss"]) == pytest.approx(
+        float(F.cross_entropy(logits, batch.labels)), rel=1e-5
+    )
+
+
+# What is kept
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[ViTClassifier, Path]:
+    model, run = classifier(resolution=[(0.5, 0.5)]), trainer(tmp_path, max_epochs=1)
+    run.fit(model, loader(batch_of(8)), loader(batch_of(9, seed=1)))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    return model, tmp_path / "run.ckpt"
+
+
+def plain(value: Any) -> bool:
+    """Whether it is numbers, texts and containers of them."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain(item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(map(plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def test_checkpoint_is_tensors_and_plain_data(saved):
+    raw = torch.load(saved[1], weights_only=True)
+    assert plain(raw["vit"])
+    assert plain(dict(raw["hyper_parameters"]))
+    assert json.loads(json.dumps(raw["vit"])) == json.loads(json.dumps(raw["vit"], allow_nan=False))
+    assert raw["hyper_parameters"]["embed_dim"] == 16
+
+
+def test_checkpoint_gives_the_same_model_and_says_what_it_is(saved):
+    model, path = saved
+    loaded, about = load_checkpoint(path)
+    images = batch_of(5).images
+    with torch.no_grad():
+        assert torch.equal(loaded(images), logits_of(model, images))
+    assert about.class_names == CLASSES
+    assert about.preprocess == model.preprocess
+    assert about.temperature == float(model.temperature)
+    assert about.metrics.keys() == {"val/acc", "val/acc5", "val/ece", "val/loss"}
+    assert (about.training["steps"], about.training["devices"]) == (1, 1)
+    assert about.training["torch"] == str(torch.__version__)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"embed_dim": 32}, "embed_dim 16, this one 32"), ({"class_names": tuple("gfedcba")}, r"class_names \('a'.*'g'")],
+)
+def test_checkpoint_of_another_model_is_refused(tmp_path, saved, change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).validate(
+            classifier(**change), loader(batch_of(4)), ckpt_path=saved[1], weights_only=True, verbose=False
+        )
+
+
+def test_device_is_named():
+    assert device_name(torch.device("cpu")).endswith(f", {torch.get_num_threads()} threads")

@@ -1,0 +1,289 @@
+"""Who sees which image when: once an epoch over all ranks, the same after a restart, and each once in evaluation."""
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+import data.cache
+from data.augment import Augment
+from data.datamodule import Batch, EvalOrder, ImageDataModule, TrainOrder
+from data.sources import DataError
+
+START = (0, 0)
+
+
+def order(rank: int = 0, world_size: int = 1, position=START, size: int = 103, batch_size: int = 12, seed: int = 0):
+    made = TrainOrder(
+        size=size, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, position=lambda: position
+    )
+    return [draw.indices.tolist() for draw in made]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [index for batch in batches for index in batch]
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataModule:
+    module = ImageDataModule(dataset="digits", batch_size=100)
+    module.setup()
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """26 colour images in two classes, no two alike."""
+    pixels = np.random.default_rng(0).integers(0, 256, (26, 8, 6, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        path = tmp_path / "images" / ("cat", "dog")[i % 2]
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f"{i:02}.png")
+    return tmp_path / "images"
+
+
+# The order of training
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_image_twice_an_epoch(world_size):
+    seen = flat([batch for rank in range(world_size) for batch in order(rank, world_size)])
+    assert len(seen) == len(set(seen)) == 103 // (12 * world_size) * 12 * world_size
+    assert set(seen) <= set(range(103))
+
+
+def test_number_of_ranks_does_not_change_the_batches():
+    """With the same images a step, each step has the same ones, so more devices are the same training."""
+    one = [set(batch) for batch in order(batch_size=12)]
+    for world_size in (2, 3, 4):
+        ranks = [order(rank, world_size, batch_size=12 // world_size) for rank in range(world_size)]
+        assert [set(flat(list(batches))) for batches in zip(*ranks, strict=True)] == one
+
+
+def test_order_differs_by_epoch_and_seed_and_is_repeatable():
+    orders = [order(position=(epoch, 0), seed=seed) for epoch in range(3) for seed in range(3)]
+    assert len({tuple(flat(batches)) for batches in orders}) == 9
+    assert order(position=(2, 0), seed=1) == orders[7]
+
+
+def test_every_image_has_its_turn():
+    """What an epoch leaves out is another part each time."""
+    left_out = [set(range(103)) - set(flat(order(position=(epoch, 0)))) for epoch in range(8)]
+    assert set.intersection(*left_out[:4]) == set()
+    assert all(a != b for a, b in pairwise(left_out))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("skip", [0, 1, 3, 4])
+def test_resumed_order_is_the_tail(world_size, skip):
+    for rank in range(world_size):
+        assert order(rank, world_size, (5, skip)) == order(rank, world_size, (5, 0))[skip:]
+
+
+def test_small_sets_are_one_batch():
+    assert [len(batch) for batch in order(size=7, batch_size=12)] == [7]
+    assert [len(batch) for batch in order(0, 2, size=7, batch_size=12)] == [3]
+
+
+def test_more_ranks_than_images_is_one_line():
+    with pytest.raises(DataError, match="2 training images cannot be shared by 3 processes"):
+        order(0, 3, size=2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
+def test_position_counts_as_the_trainer_steps(accumulate):
+    """A step is taken after every few batches and at the end of an epoch."""
+    module = ImageDataModule(dataset="digits")
+    module.order = TrainOrder(size=103, batch_size=12, seed=0, rank=0, world_size=1, position=module.position)
+    expected, steps = {0: (0, 0)}, 0
+    for epoch in range(3):
+        for batch in range(1, 9):
+            if batch % accumulate == 0 or batch == 8:
+                steps += 1
+                expected[steps] = (epoch, batch) if batch < 8 else (epoch + 1, 0)
+    for steps, position in expected.items():
+        module.trainer = SimpleNamespace(global_step=steps, accumulate_grad_batches=accumulate)  # type: ignore
+        assert module.position() == position
+
+
+# A restart, in Lightning's hands
+
+
+class Recorder(LightningModule):
+    """Writes down which images it is shown, by their pixels after augmentation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, list[int], float]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.seen.append((batch.epoch, batch.indices.tolist(), float(batch.images.double().sum())))
+        return self.weight * batch.images.mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches  # as our classifier does, before a checkpoint is restored
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_restarted_run_sees_what_the_whole_run_would_have(folder, tmp_path, monkeypatch, workers, accumulate):
+    monkeypatch.setattr(data.cache, "LIMIT", 0 if workers else 2**30)  # 0: files, decoded by workers
+
+    def seen(checkpoint: str | None = None) -> list[Any]:
+        every_step = ModelCheckpoint(tmp_path / "saved", "{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=3,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[every_step],
+        )
+        source = {"dataset": str(folder), "root": str(tmp_path / "cache"), "num_workers": workers}
+        module = ImageDataModule(**source, batch_size=4, val_fraction=0.2, augment=Augment(translate=0.2, flip=0.5))
+        recorder = Recorder()
+        trainer.fit(recorder, module, ckpt_path=checkpoint, weights_only=True)
+        return recorder.seen
+
+    whole = seen()
+    assert len(whole) == 3 * 5
+    assert {epoch for epoch, _, _ in whole} == {0, 1, 2}
+    steps = -(-5 // accumulate)
+    for step in (1, steps, steps + 1):  # in mid-epoch, at an epoch's end, and in mid-epoch again
+        epoch, done = divmod(step, steps)
+        assert seen(str(tmp_path / "saved" / f"step={step}.ckpt")) == whole[5 * epoch + done * accumulate :]
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 5, 24, 143])
+def test_evaluation_sees_every_image_once(size, world_size):
+    orders = [EvalOrder(size=size, batch_size=10, rank=rank, world_size=world_size) for rank in range(world_size)]
+    chunks = [draw.indices for made in orders for draw in made]
+    assert sorted(torch.cat(chunks).tolist()) == list(range(size))
+    assert max(len(chunk) for chunk in chunks) <= 10
+    assert all(len(list(made)) == len(made) > 0 for made in orders)  # a rank without images takes part all the same
+
+
+def test_loaders_cover_the_splits(digits):
+    for loader, split in ((digits.val_dataloader(), digits.val), (digits.test_dataloader(), digits.test)):
+        batches = list(loader)
+        where = split.subset
+        assert torch.equal(torch.cat([batch.images for batch in batches]), split.split.images[where])
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), split.split.labels[where])
+
+
+def test_training_batches_hold_the_images_they_name(digits):
+    batch = next(iter(digits.train_dataloader()))
+    where = digits.train.subset[batch.indices]
+    assert batch.images.dtype == torch.uint8
+    assert len(batch.labels) == 100
+    assert torch.equal(batch.images, digits.source.train.images[where])
+    assert torch.equal(batch.labels, digits.source.train.labels[where])
+
+
+# Splits and facts
+
+
+def test_validation_is_a_tenth_of_every_class_whatever_the_seed(digits):
+    train, val = digits.train.subset, digits.val.subset
+    assert sorted(train.tolist() + val.tolist()) == list(range(len(digits.source.train)))
+    labels = digits.source.train.labels
+    assert (labels[val].bincount(minlength=10) - labels.bincount(minlength=10) / 10).abs().max() <= 1
+    other = ImageDataModule(dataset="digits", seed=7)
+    other.setup()
+    assert torch.equal(other.val.subset, val)
+
+
+def test_given_validation_images_are_used_whole(folder, tmp_path):
+    for split, names in (("train", range(20)), ("val", range(20, 26))):
+        for i in names:
+            target = tmp_path / "split" / split / ("cat", "dog")[i % 2]
+            target.mkdir(parents=True, exist_ok=True)
+            (target / f"{i:02}.png").write_bytes((folder / ("cat", "dog")[i % 2] / f"{i:02}.png").read_bytes())
+    module = ImageDataModule(dataset=str(tmp_path / "split"), root=str(tmp_path / "cache"), num_workers=0)
+    module.setup()
+    assert (len(module.train), len(module.val), module.test) == (20, 6, None)
+    with pytest.raises(DataError, match=r"has no test images; add a test/ folder"):
+        module.test_dataloader()
+
+
+def test_no_held_out_images_for_a_last_run():
+    module = ImageDataModule(dataset="digits", val_fraction=0)
+    module.setup()
+    assert len(module.train) == len(module.source.train)
+    assert torch.equal(module.val.subset, torch.arange(1000))
+
+
+def test_facts_are_those_of_the_images(digits, folder, tmp_path):
+    pixels = digits.source.train.images.double().numpy() / 255
+    assert digits.class_names == list("0123456789")
+    assert digits.image_size == (8, 8)
+    assert (digits.mean, digits.std) == (
+        pytest.approx([pixels.mean()], abs=1e-6),
+        pytest.approx([pixels.std()], abs=1e-6),
+    )
+    module = ImageDataModule(dataset=str(folder), root=str(tmp_path / "cache"), num_workers=0)
+    values = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))]) / 255
+    assert module.class_names == ["cat", "dog"]
+    assert module.image_size == (8, 6)
+    assert module.mean == pytest.approx(values.mean((0, 1, 2)), abs=1e-6)
+    assert module.std == pytest.approx(values.std((0, 1, 2)), abs=1e-6)
+
+
+def test_images_reach_the_model_normalised(digits):
+    batch = next(iter(digits.train_dataloader()))
+    images = digits.on_after_batch_transfer(batch, 0).images
+    expected = (batch.images.double() / 255 - digits.mean[0]) / digits.std[0]
+    torch.testing.assert_close(images, expected.float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_augmentation_is_for_training_only(training):
+    module = ImageDataModule(dataset="digits", batch_size=8, augment=Augment(flip=1))
+    module.setup()
+    batch = next(iter(module.train_dataloader()))
+    plain = module.preprocess.normalize(batch.images)
+    module.trainer = SimpleNamespace(training=training)  # type: ignore[assignment]
+    images = module.on_after_batch_transfer(batch, 0).images
+    torch.testing.assert_close(images, plain.flip(-1) if training else plain, rtol=0, atol=1e-5)
+
+
+def test_files_and_their_cache_give_the_same_batches(folder, tmp_path, monkeypatch):
+    batches = {}
+    for limit in (0, 2**30):
+        monkeypatch.setattr(data.cache, "LIMIT", limit)
+        source = {"dataset": str(folder), "root": str(tmp_path / "cache"), "num_workers": 1}
+        module = ImageDataModule(**source, batch_size=5)
+        module.setup()
+        batches[limit] = [*module.train_dataloader(), *module.val_dataloader()]
+    for first, second in zip(*batches.values(), strict=True):
+        assert torch.equal(first.images, second.images)
+        assert torch.equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"batch_size": 0}, "at least 1, got 0"), ({"val_fraction": 1.0}, r"in \[0, 1\), got 1.0")]
+)
+def test_numbers_out_of_range_are_one_line(change, message):
+    with pytest.raises(DataError, match=message):
+        ImageDataModule(dataset="digits", **change)

@@ -1,0 +1,127 @@
+"""Weight decay where it belongs, each parameter moved once, and the learning rate's way up and down."""
+
+import math
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from vit.model import VisionTransformer
+from vit.optim import build_optimizer, learning_rate, parameter_groups
+
+HIDDEN = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight"
+WEIGHTS = r"(patch_embed\.proj(\.[02])?|head)\.weight"
+REST = r".*\.bias|.*norm\d?\.weight|.*\.gamma|pos_embed|cls_token|reg_token"
+VARIANTS = [
+    {"pool": "token", "stem": "linear", "num_registers": 3, "init_values": 0.1},
+    {"pool": "mean", "stem": "conv", "qk_norm": True},
+    {"pool": "token", "stem": "conv", "qkv_bias": False},
+]
+RATES = {"lr": 0.01, "muon_lr": 0.05, "weight_decay": 0.2}
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+def model(request) -> VisionTransformer:
+    """A model of which no parameter is zero, so that decay shows."""
+    sizes = {"image_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 5, "embed_dim": 16, "depth": 2}
+    model = VisionTransformer(**sizes, num_heads=2, **request.param)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def stepped(model, name: Any, gradient) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each parameter before and after one step with the gradient that a function makes for it."""
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, name=name, **RATES)
+    for parameter in model.parameters():
+        parameter.grad = gradient(parameter)
+    optimizer.step()
+    return {key: (before[key], parameter.detach()) for key, parameter in model.named_parameters()}
+
+
+def test_groups_are_what_their_names_say(model):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group, pattern in {"hidden": HIDDEN, "weights": WEIGHTS, "rest": REST}.items():
+        found = {names[id(parameter)] for parameter in parameter_groups(model)[group]}
+        assert found == {name for name in names.values() if re.fullmatch(pattern, name)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(model, name):
+    groups = build_optimizer(model, name=name, **RATES).param_groups
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_frozen_parameters_are_left_out(model):
+    model.head.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    found = {id(parameter) for group in parameter_groups(model).values() for parameter in group}
+    assert found == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def share(name: str, key: str) -> float:
+    """What one step's weight decay takes off a parameter."""
+    if re.fullmatch(REST, key):
+        return 0.0
+    return RATES["weight_decay"] * RATES["muon_lr" if name == "muon" and re.fullmatch(HIDDEN, key) else "lr"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_without_a_gradient_only_matrices_shrink(model, name):
+    for key, (before, after) in stepped(model, name, torch.zeros_like).items():
+        if re.fullmatch(REST, key):
+            assert torch.equal(after, before), key
+        else:
+            assert share(name, key) > 0
+            torch.testing.assert_close(after, before * (1 - share(name, key)), rtol=1e-6, atol=0)
+
+
+def test_muon_turns_hidden_matrices_only(model):
+    """Its step is a matrix whose singular values are near 1; Adam's first step has entries of one size."""
+    for key, (before, after) in stepped(model, "muon", torch.randn_like).items():
+        step = after - before * (1 - share("muon", key))
+        if re.fullmatch(HIDDEN, key):
+            stretch = torch.linalg.svdvals(step) / RATES["muon_lr"] / max(1, step.shape[0] / step.shape[1]) ** 0.5
+            assert stretch.max() < 1.4, key
+            assert stretch.median() > 0.6, key
+        else:
+            size = step.abs().flatten() / RATES["lr"]
+            assert size.median() > 0.9, key
+            assert size.max() / size.median() < 1.01, key
+
+
+def test_adamw_is_torchs(model):
+    torch.manual_seed(1)
+    moved = stepped(model, "adamw", torch.randn_like)
+    torch.manual_seed(1)
+    for key, (before, after) in moved.items():
+        single = torch.nn.Parameter(before.clone())
+        decay = 0 if re.fullmatch(REST, key) else RATES["weight_decay"]
+        reference = torch.optim.AdamW([single], lr=RATES["lr"], weight_decay=decay, betas=(0.9, 0.99))
+        single.grad = torch.randn_like(before)
+        reference.step()
+        torch.testing.assert_close(after, single.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+@pytest.mark.parametrize(("total", "warmup"), [(100, 10), (100, 0), (7, 3), (1, 0), (2, 1)])
+def test_learning_rate_rises_in_a_line_and_falls_to_zero(shape, total, warmup):
+    factor = learning_rate(total=total, warmup=warmup, shape=shape)
+    values = [factor(step) for step in range(total + 3)]
+    assert values[: warmup + 1] == pytest.approx([(i + 1) / (warmup + 1) for i in range(warmup + 1)])
+    assert max(values) == values[warmup] == 1
+    down = values[warmup : total + 1]
+    assert all(a > b for a, b in pairwise(down))
+    assert values[total:] == [0, 0, 0]
+
+
+def test_shapes_of_the_way_down():
+    cosine, linear = (learning_rate(total=110, warmup=10, shape=shape) for shape in ("cosine", "linear"))
+    assert [linear(step) for step in (10, 35, 60, 85)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert [cosine(step) for step in (10, 35, 60, 85)] == pytest.approx(
+        [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]
+    )

@@ -1,0 +1,181 @@
+"""What is said while a model trains: a bar in a terminal, a line now and then elsewhere."""
+
+import re
+from io import StringIO
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import vit.progress
+from vit.model import VisionTransformer
+from vit.progress import TrainingProgress
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(vit.progress, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def module() -> Any:
+    sizes = {"image_size": (4, 8), "patch_size": 2, "in_chans": 1, "num_classes": 3, "embed_dim": 8, "depth": 1}
+    return SimpleNamespace(vit=VisionTransformer(**sizes, num_heads=2), device=torch.device("cpu"))
+
+
+def trainer_of(max_epochs: int = 12, batches: int = 4) -> Any:
+    return SimpleNamespace(
+        is_global_zero=True,
+        estimated_stepping_batches=max_epochs * batches,
+        global_step=0,
+        current_epoch=0,
+        max_epochs=max_epochs,
+        world_size=2,
+        num_devices=2,
+        num_nodes=1,
+        callback_metrics={},
+        datamodule=SimpleNamespace(dataset="digits", train=range(1294), val=range(143)),
+    )
+
+
+def train(progress, trainer, module, clock, *, epochs: int, seconds: float, batches: int = 4, end: bool = True) -> None:
+    """Go through the hooks as the trainer does: batches of 25 images a rank, the loss 2 at first and 1 then."""
+    progress.on_train_start(trainer, module)
+    batch = SimpleNamespace(labels=torch.zeros(25))
+    for epoch in range(epochs):
+        trainer.current_epoch = epoch
+        for i in range(batches):
+            clock.now += seconds / batches
+            trainer.global_step += 1
+            loss = {"loss": torch.tensor(2.0 if trainer.global_step == 1 else 1.0)}
+            progress.on_train_batch_end(trainer, module, loss, batch, i)
+        trainer.callback_metrics = {"val/acc": torch.tensor(0.5 + epoch / 100)}
+        progress.on_train_epoch_end(trainer, module)
+    if end:
+        trainer.current_epoch = epochs
+        progress.on_train_end(trainer, module)
+
+
+def quiet() -> TrainingProgress:
+    """As when the output goes to a file."""
+    progress = TrainingProgress()
+    progress.console = Console(file=StringIO(), width=200)
+    return progress
+
+
+def watched() -> TrainingProgress:
+    progress = TrainingProgress()
+    progress.console = Console(file=StringIO(), force_terminal=True, width=140, legacy_windows=False)
+    return progress
+
+
+def text(progress: TrainingProgress) -> str:
+    """All that was drawn, without colours and cursor movements."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", progress.console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_line_at_most_every_five_seconds_and_the_last(clock, module, capsys):
+    train(quiet(), trainer_of(), module, clock, epochs=12, seconds=1)
+    said = lines(capsys)
+    assert [int(line.split()[1].split("/")[0]) for line in said] == [1, 6, 11, 12]
+    assert said[-1].split() == ["epoch", "12/12", "loss", said[-1].split()[3], "val", "acc", "61.0%", "12", "s"]
+    assert 1 <= float(said[-1].split()[3]) < 1.1
+
+
+def test_every_slow_epoch_has_its_line(clock, module, capsys):
+    train(quiet(), trainer_of(3), module, clock, epochs=3, seconds=60)
+    assert [line.split()[1] for line in lines(capsys)] == ["1/3", "2/3", "3/3"]
+
+
+@pytest.mark.parametrize("max_epochs", [100, -1])
+def test_last_epoch_is_told_when_a_run_ends_early(clock, module, capsys, max_epochs):
+    """Stopped by a callback, by a number of steps or by time."""
+    train(quiet(), trainer_of(max_epochs), module, clock, epochs=3, seconds=1)
+    assert [line.split()[1].removesuffix("/100") for line in lines(capsys)] == ["1", "3"]
+
+
+def test_an_error_leaves_the_last_line_and_no_bar(clock, module, capsys):
+    progress, trainer = quiet(), trainer_of()
+    train(progress, trainer, module, clock, epochs=3, seconds=1, end=False)
+    progress.on_exception(trainer, module, RuntimeError())
+    assert [line.split()[1] for line in lines(capsys)] == ["1/12", "3/12"]
+    assert progress.bar is None
+
+
+def test_very_short_run_has_a_loss(clock, module, capsys):
+    train(quiet(), trainer_of(1), module, clock, epochs=1, seconds=0.0)
+    assert "loss 2.000" in lines(capsys)[0]
+
+
+def test_introduction_says_what_learns_from_what(clock, module):
+    progress = quiet()
+    train(progress, trainer_of(), module, clock, epochs=1, seconds=1)
+    said = " ".join(text(progress).split())
+    assert "digits: 1,294 training and 143 validation images, 3 classes" in said
+    assert "2x4 patches of 2x2 pixels; 48 steps on 2 x cpu" in said
+
+
+def test_bar_shows_all_that_one_wants_to_know(clock, module, capsys):
+    progress = watched()
+    train(progress, trainer_of(3), module, clock, epochs=2, seconds=4, end=False)
+    assert progress.bar is not None
+    progress.bar.refresh()
+    said = text(progress)
+    last = said.splitlines()[-1]
+    assert "epoch 2/3" in last
+    assert "val acc 50.0%" in last  # of the epoch before
+    assert "50 images/s" in last  # 25 images a second on each of two ranks
+    assert "67%" in last
+    assert re.search(r"loss 1\.\d{3}", last)
+    assert re.search(r"\d:\d\d:\d\d gone,\s+[-\d]+:[-\d]+:[-\d]+\s+left", last)
+    progress.on_train_end(trainer_of(), module)
+    assert progress.bar is None
+    assert lines(capsys) == []  # no lines beside the bar
+
+
+def test_loss_is_read_a_few_times_a_second_only(clock, module):
+    """Reading waits for the device."""
+
+    class Loss:
+        read = 0
+
+        def __float__(self) -> float:
+            Loss.read += 1
+            return 1.0
+
+    progress, trainer = watched(), trainer_of(1, 1000)
+    progress.on_train_start(trainer, module)
+    for i in range(1000):
+        clock.now += 0.005
+        progress.on_train_batch_end(trainer, module, {"loss": Loss()}, SimpleNamespace(labels=torch.zeros(1)), i)
+    progress.on_train_end(trainer, module)
+    assert Loss.read <= 21
+
+
+@pytest.mark.parametrize("reason", ["disabled", "other rank"])
+def test_silence(clock, module, capsys, reason):
+    progress, trainer = quiet(), trainer_of()
+    if reason == "disabled":
+        progress.disable()
+    trainer.is_global_zero = reason == "disabled"
+    train(progress, trainer, module, clock, epochs=2, seconds=10)
+    assert lines(capsys) == []
+    assert text(progress) == ""

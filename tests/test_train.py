@@ -1,0 +1,293 @@
+"""The command line: what a run leaves behind, how it goes on after a crash, and one line for every mistake."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import train
+from data.sources import load_digits
+from vit.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    f"--config={ROOT / 'configs/digits.yaml'}",
+    "--model.embed_dim=16",
+    "--model.depth=2",
+    "--model.num_heads=2",
+    "--model.drop_path_rate=0.2",  # random numbers beside those of the images
+    "--data.batch_size=256",  # five steps an epoch
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def run(command: str, root: Path, *arguments: str) -> int:
+    return train.main([command, *TINY, f"--trainer.default_root_dir={root}", *arguments])
+
+
+def process(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """train.py, or some code around it, in a process of its own that computes as this one does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    start = ["-c", code] if code else [str(ROOT / "train.py")]
+    return subprocess.run([sys.executable, *start, *arguments], env=environment, capture_output=True, text=True)
+
+
+def table(root: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv, without empty cells."""
+    with open(root / "metrics.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def pixels(images: torch.Tensor, checkpoint: Path) -> torch.Tensor:
+    return load_checkpoint(checkpoint)[1].preprocess.normalize(images)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    """The folder of a run of two epochs."""
+    root = tmp_path_factory.mktemp("fitted")
+    assert run("fit", root, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1") == 0
+    return root
+
+
+# What a run leaves behind
+
+
+def test_everything_lies_in_the_run_folder(fitted):
+    names = {path.name for path in fitted.iterdir()}
+    assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "model.safetensors"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if "-v" in name or name.startswith(".")]
+
+
+def test_metrics_are_written_down(fitted):
+    rows = table(fitted)
+    assert [row["val/acc"] for row in rows if "val/acc" in row][-1] > 0.2
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+
+
+def test_config_repeats_the_run(fitted, tmp_path):
+    config = yaml.safe_load((fitted / "config.yaml").read_text())
+    assert config["data"]["dataset"] == "digits"
+    arguments = [f"--config={fitted / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}"]
+    assert train.main(["fit", *arguments]) == 0
+    first, second = weights(fitted / "last.ckpt"), weights(tmp_path / "last.ckpt")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_all_files_hold_the_same_model(fitted):
+    """Logits from best.ckpt, model.safetensors and the module that was trained."""
+    images = pixels(load_digits().test.images[:50], fitted / "best.ckpt")  # type: ignore[union-attr]
+    trained = train.ViTClassifier.load_from_checkpoint(fitted / "best.ckpt", weights_only=True).eval()
+    with torch.no_grad():
+        expected = trained(images)
+        for name in ("best.ckpt", "model.safetensors"):
+            torch.testing.assert_close(load_checkpoint(fitted / name)[0](images), expected, rtol=0, atol=1e-6)
+
+
+def test_model_file_says_what_it_is(fitted):
+    about = load_checkpoint(fitted / "model.safetensors")[1]
+    assert about.class_names == tuple("0123456789")
+    assert about.training["dataset"] == "digits"
+    assert about.training["steps"] == 5 * about.training["epochs"]
+    assert about.metrics["val/acc"] == max(row["val/acc"] for row in table(fitted) if "val/acc" in row)
+    assert json.dumps(about.training)
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+@pytest.mark.parametrize("checkpoint", ["best", "path"])
+def test_measuring_the_best_weights(fitted, tmp_path, capsys, command, checkpoint):
+    """In a later run and by another way than the trainer's: all images at once."""
+    path = fitted / "best.ckpt"
+    root = fitted if checkpoint == "best" else tmp_path
+    kept = ("model.safetensors", "metrics.csv", "config.yaml")
+    before = [(fitted / name).read_bytes() for name in kept]
+    assert run(command, root, f"--ckpt_path={'best' if checkpoint == 'best' else path}") == 0
+    (row,) = table(root / command)  # of its own: the run's table is kept
+    model, about = load_checkpoint(path)
+    if command == "validate":
+        assert row["val/acc"] == pytest.approx(about.metrics["val/acc"], abs=1e-6)
+        assert row["val/loss"] == pytest.approx(about.metrics["val/loss"], rel=1e-5)
+    else:
+        split = load_digits().test
+        assert split is not None
+        with torch.no_grad():
+            logits = model(pixels(split.images, path))  # type: ignore[arg-type]
+        assert row["test/acc"] == pytest.approx(float((logits.argmax(-1) == split.labels).double().mean()), abs=1e-6)
+        loss = torch.nn.functional.cross_entropy(logits, split.labels)
+        assert row["test/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert [(fitted / name).read_bytes() for name in kept] == before
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_last_is_the_last_and_best_the_best(tmp_path):
+    """The rate is absurd after warm-up, so that the first epoch is the best."""
+    arguments = ["--trainer.max_epochs=3", "--model.optimizer=adamw", "--model.lr=3", "--model.warmup=0.5"]
+    assert run("fit", tmp_path, *arguments) == 0
+    accuracies = [row["val/acc"] for row in table(tmp_path) if "val/acc" in row]
+    best, last = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
+    assert last["global_step"] == 15
+    assert best["global_step"] == 5 * (1 + accuracies.index(max(accuracies)))
+    assert load_checkpoint(tmp_path / "model.safetensors")[1].metrics["val/acc"] == pytest.approx(max(accuracies))
+
+
+# Going on
+
+
+def test_killed_run_goes_on_bit_for_bit(tmp_path):
+    """kill -9 in the middle of the second of three epochs; a checkpoint was saved after each step."""
+    kill = (
+        "import os, sys, train, vit.guard; from vit.classifier import ViTClassifier as C\n"
+        "vit.guard.SAVING = float('inf')\n"
+        "start = C.on_train_batch_start\n"
+        "def stop(self, batch, i): os.kill(os.getpid(), 9) if self.global_step == 7 else start(self, batch, i)\n"
+        "C.on_train_batch_start = stop; sys.exit(train.main())"
+    )
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    arguments = ["--trainer.max_epochs=3", "--guard.minutes=0", f"--trainer.default_root_dir={killed}"]
+    result = process("fit", *TINY, *arguments, code=kill)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert torch.load(killed / "last.ckpt", weights_only=True)["global_step"] == 7
+    assert not (killed / "model.safetensors").exists()
+    for root in (killed, whole):  # the second has nothing to go on from and begins
+        assert run("fit", root, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    for name in ("last.ckpt", "best.ckpt"):
+        first, second = weights(killed / name), weights(whole / name)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), (name, key)
+    first, second = (load_checkpoint(root / "model.safetensors")[1] for root in (killed, whole))
+    assert first.training["steps"] == second.training["steps"]
+    assert first.metrics == second.metrics
+
+
+def test_finished_run_is_left_alone(tmp_path):
+    assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    names = ("last.ckpt", "best.ckpt", "model.safetensors", "metrics.csv")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    with pytest.raises(SystemExit, match="0"):
+        run("fit", tmp_path, "--trainer.max_epochs=1", "--ckpt_path=last")
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+# Several processes
+
+
+def test_two_ranks_train_and_measure_as_one(tmp_path):
+    """143 validation images do not divide by two."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    ranks = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
+    result = process("fit", *TINY, f"--trainer.default_root_dir={two}", "--data.batch_size=64", *ranks)
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in two.iterdir() if "tfevents" not in path.name)
+    assert {"best.ckpt", "last.ckpt", "metrics.csv", "model.safetensors"} <= set(names)
+    assert not [name for name in names if "-v" in name]
+    about = load_checkpoint(two / "model.safetensors")[1]
+    assert (about.training["devices"], about.training["steps"]) == (2, 10)
+
+    assert run("validate", one, f"--ckpt_path={two / 'last.ckpt'}") == 0
+    (together,) = [row for row in table(two) if "val/acc" in row]
+    (alone,) = table(one / "validate")
+    for name in ("val/acc", "val/acc5", "val/loss", "val/ece"):
+        assert together[name] == pytest.approx(alone[name], abs=1e-6), name
+    assert 0 < alone["val/acc"] * 143 == pytest.approx(round(alone["val/acc"] * 143), abs=1e-4)
+
+
+# Mistakes
+
+
+class Bomb:
+    """Leaves a marker where it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
+    """Arguments, and what the message must name."""
+    nowhere, garbage, evil = tmp_path / "nowhere", tmp_path / "garbage.ckpt", tmp_path / "evil.ckpt"
+    garbage.write_bytes(b"garbage" * 99)
+    torch.save({"state_dict": {}, "vit": Bomb(tmp_path / "marker")}, evil)
+    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
+    return {
+        "no folder": ([f"--data.dataset={nowhere}"], f"{nowhere} is no folder"),
+        "patch size": (["--model.patch_size=3"], "8 is not a multiple of patch size 3"),
+        "heads": (["--model.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3"),
+        "no config": ([f"--config={nowhere}.yaml"], f"{nowhere}.yaml"),
+        "unknown key": (["--model.patchsize=3"], "patchsize"),
+        "unknown key of the data": (["--data.folder=3"], "folder"),
+        "not a number": (["--data.batch_size=many"], "many"),
+        "not a choice": (["--model.optimizer=sgd"], "sgd"),
+        "no checkpoint": ([f"--ckpt_path={nowhere}.ckpt"], f"{nowhere}.ckpt: no such checkpoint file"),
+        "garbage": ([f"--ckpt_path={garbage}"], f"{garbage}: refused"),
+        "code inside": ([f"--ckpt_path={evil}"], f"{evil}: refused"),
+        "plain pickle": ([f"--ckpt_path={tmp_path / 'pickle.ckpt'}"], "pickle.ckpt: refused"),
+        "not a run's": ([f"--ckpt_path={tmp_path / 'model.safetensors'}"], "takes a .ckpt file"),
+        "no best": (["--ckpt_path=best"], "best.ckpt: no such checkpoint file"),
+        "endless": (["--trainer.max_epochs=-1"], "give trainer.max_epochs"),
+        "accelerator": (["--trainer.accelerator=abacus"], "abacus"),
+    }[case]
+
+
+CASES = (
+    "no folder|patch size|heads|no config|unknown key|unknown key of the data|not a number|not a choice|no checkpoint"
+)
+CASES += "|garbage|code inside|plain pickle|not a run's|no best|endless|accelerator"
+
+
+@pytest.mark.parametrize("case", CASES.split("|"))
+def test_mistake_is_one_line(tmp_path, capfd, case):
+    arguments, message = mistake(case, tmp_path)
+    assert run("fit", tmp_path / "run", *arguments) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("Seed set")]
+    assert len(said) == 1, said
+    assert said[0].startswith("train.py: ")
+    assert message in said[0]
+    assert not (tmp_path / "marker").exists()
+
+
+def test_run_goes_on_with_its_own_model_only(fitted, tmp_path, capfd):
+    shutil.copy(fitted / "last.ckpt", tmp_path)
+    assert run("fit", tmp_path, "--ckpt_path=last", "--model.embed_dim=32") == 2
+    assert "embed_dim 16, this one 32" in capfd.readouterr().err
+
+
+def test_model_is_taken_from_the_checkpoint(fitted, tmp_path):
+    """No configuration is needed to measure."""
+    arguments = [f"--ckpt_path={fitted / 'best.ckpt'}", "--data.dataset=digits", "--trainer.accelerator=cpu"]
+    quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
+    assert train.main(["test", *arguments, *quiet]) == 0
+    assert 0.1 < table(tmp_path / "test")[0]["test/acc"] < 1
+
+
+def test_no_command_and_help(capfd):
+    assert train.main([]) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+
+
+def test_script_ends_with_the_status():
+    result = process("fit", "--model.nonsense=1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("train.py: ")
+    assert result.stderr.count("\n") == 1

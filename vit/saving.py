@@ -1,0 +1,71 @@
+"""Checkpoint files of a run: whole or absent, proven readable before they replace an older one, and only data."""
+
+import contextlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be written; the message is one line that names it."""
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Writes ``.ckpt`` files that survive a kill, a full disk and a power cut at any moment, or says so.
+
+    The bytes go to a hidden file in the same folder, so that replacing is one step on every file system; they are
+    forced to the disk and read back, each against its checksum, before they take the name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one file; the one it replaces is untouched unless all went well.
+
+        Raises:
+            SaveError: If the folder, the disk or a quota refuses any part of it.
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")  # one name, so that killed runs do not fill the disk
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            with zipfile.ZipFile(partial) as archive:
+                if damaged := archive.testzip():
+                    raise OSError(f"{damaged} does not read back as written")
+            os.replace(partial, path)
+            sync_folder(path.parent)
+        except Exception as error:  # torch's writer turns a refused write into RuntimeError
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            kept = "; the previous one is kept" if path.exists() else ""
+            raise SaveError(f"{path}: the checkpoint could not be saved ({reason(error)}){kept}") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Tensors, numbers and texts of a file; whatever else it holds is refused, not run."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def reason(error: BaseException) -> str:
+    """What the system said, though it may be buried under what the library made of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:200]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in a folder outlive a power cut; not every system can open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
