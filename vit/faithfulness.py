@@ -1,9 +1,9 @@
 """Is a map true? Take patches away, most relevant first, and watch the probability of the class (deletion).
 
-A true map makes it fall fast, and makes it rise fast when patches are added to a blank image (insertion). The numbers mean
-something only beside other orders, so least-relevant-first and random order always come with them. Adding the most
-relevant patches first shows the same images as taking the least relevant away first, read backwards: three curves say it
-all. Source: Petsiuk et al. 2018 (1806.07421).
+A true map makes it fall fast, and makes it rise fast when patches are added to a blank image (insertion). The numbers
+mean something only beside other orders, so least-relevant-first and random order always come with them. Adding the most
+relevant patches first shows the same images as taking the least relevant away first, read backwards: three curves say
+it all. Source: Petsiuk et al. 2018 (1806.07421).
 Shapes in comments: B images, P patches, S steps.
 """
 
@@ -97,7 +97,7 @@ def removal_masks(maps: Tensor, steps: int) -> Tensor:
         steps: Steps from none to all; at most the number of patches.
     """
     patches = maps[0].numel()
-    rank = maps.flatten(1).argsort(1, descending=True, stable=True).argsort(1)  # (B, P), 0 goes first
+    rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, P), 0 goes first
     counts = torch.linspace(0, patches, min(steps, patches) + 1, device=maps.device).round()
     return (rank[:, None] < counts[:, None]).unflatten(2, maps.shape[1:])
 

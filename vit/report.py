@@ -47,13 +47,13 @@ def write_report(path: str | Path, about: Checkpoint, entries: Iterable[Mapping[
 
 def _json(value: Any) -> str:
     """JSON that can stand in a script element: no text in it can close the element."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _about(about: Checkpoint) -> dict[str, Any]:
     height, width = about.preprocess.image_size
     return {
-        "size": f"{width}×{height}",
+        "size": f"{width}\u00d7{height}",
         "classes": len(about.class_names),
         "depth": about.architecture.get("depth"),
         "heads": about.architecture.get("num_heads"),
@@ -80,13 +80,14 @@ def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
     if attention := entry.get("attention"):
         heads, patches = np.asarray(attention["heads"]), _coarse(np.asarray(attention["patches"]))
-        flat = np.concatenate(
-            [_levels(heads.reshape(-1, *heads.shape[2:])), _levels(patches.reshape(-1, *patches.shape[2:]))], None
-        )
+        levels = [
+            _levels(heads.reshape(-1, *heads.shape[2:])),
+            _levels(patches.reshape(-1, *patches.shape[2:]), among=16),  # few, since these take most of the space
+        ]
         result["attention"] = {
             "heads": heads.shape,
             "patches": patches.shape,
-            "data": _base64(zlib.compress(flat.tobytes(), 9)),
+            "data": _base64(zlib.compress(b"".join(grids.tobytes() for grids in levels), 9)),
         }
     return result
 
@@ -113,10 +114,11 @@ def _grid(grid: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _levels(grids: np.ndarray) -> np.ndarray:
-    """uint8 levels of non-negative grids (n, height, width), each of its own largest value."""
+def _levels(grids: np.ndarray, among: int = 256) -> np.ndarray:
+    """Non-negative grids (n, height, width) in uint8, 255 for the largest value of each, in so many levels."""
     grids = np.nan_to_num(np.asarray(grids, dtype=np.float64))
-    return (grids * (255 / np.maximum(grids.max((1, 2), keepdims=True), 1e-30))).round().clip(0, 255).astype(np.uint8)
+    shares = (grids / np.maximum(grids.max((1, 2), keepdims=True), 1e-30)).clip(0, 1)
+    return ((shares * (among - 1)).round() * (255 // (among - 1))).astype(np.uint8)
 
 
 def _coarse(patches: np.ndarray) -> np.ndarray:

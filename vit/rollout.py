@@ -1,8 +1,8 @@
 """Attention maps: how much each patch counts for what the model says.
 
 The arithmetic is in pure functions of attention weights; ``attention_map`` runs a model and calls them. Only the pooled
-row of the products of N x N matrices is ever needed, so a row is propagated from the last layer down: O(L N^2) and exact,
-where full matrices cost O(L N^3).
+row of the products of N x N matrices is ever needed, so a row is propagated from the last layer down: O(L N^2) and
+exact, where full matrices cost O(L N^3).
 
 Sources: rollout, Abnar & Zuidema 2020 (2005.00928); relevance, Chefer et al. 2021 (2103.15679); LeGrad, Bousselham et
 al. 2024 (2404.03214); AttnLRP, Achtibat et al. 2024 (2402.05602).
@@ -109,7 +109,7 @@ class Question:
     discard: float = 0.0
 
     def score(self, logits: Tensor) -> Tensor:
-        """Sum over the images of the target's logit, the predicted one if none is named, less the logit it is against."""
+        """Sum over images of the target's logit, the predicted one if none is named, less the one it is against."""
         target = logits.argmax(1) if self.target is None else self.target
         picked = logits.gather(1, target[:, None])
         return (picked if self.against is None else picked - logits.gather(1, self.against[:, None])).sum()
@@ -162,11 +162,11 @@ def _legrad(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Te
         logits, x = model(images), model.embed(images)
     if ask.target is None:
         ask = replace(ask, target=logits.argmax(1))
-    rows = 0
+    rows = torch.zeros(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for block in model.blocks:
         x, weights = block.explain(x.detach().requires_grad_())
         (gradient,) = torch.autograd.grad(ask.score(model.forward_head(model.norm(x))), weights)
-        rows = rows + gradient.clamp_min(0).mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+        rows += gradient.clamp_min(0).mean((1, 2), dtype=rows.dtype)
     return logits, rows
 
 
@@ -198,13 +198,12 @@ def _lrp_layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: fl
     return centred * (centred.detach().square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
 
 
-def _lrp_gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    slope = torch.where(x == 0, 0.5, F.gelu(x, approximate=approximate) / x)  # gelu(x)/x tends to a half at 0
-    return x * slope.detach()
+def _lrp_activation(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def rule(x: Tensor, **options: Any) -> Tensor:
+        slope = torch.where(x == 0, 0.5, activation(x, **options) / x)  # both tend to a half at 0
+        return x * slope.detach()
 
-
-def _lrp_silu(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * x.sigmoid().detach()
+    return rule
 
 
 def _lrp_product(a: Tensor, b: Tensor) -> Tensor:
@@ -214,8 +213,8 @@ def _lrp_product(a: Tensor, b: Tensor) -> Tensor:
 
 LRP_RULES: dict[Callable, Callable] = {
     F.layer_norm: _lrp_layer_norm,
-    F.gelu: _lrp_gelu,
-    F.silu: _lrp_silu,
+    F.gelu: _lrp_activation(F.gelu),
+    F.silu: _lrp_activation(F.silu),
     Tensor.matmul: _lrp_product,  # what a @ b arrives as
 }
 
@@ -276,7 +275,7 @@ def attention_map(
     with torch.inference_mode(False):  # class-specific methods need gradients, whatever the caller has switched off
         for i in range(0, len(images), size):
             part = images[i : i + size].detach().clone().requires_grad_(method in CLASS_SPECIFIC)
-            ask = Question(*(c if c is None else c[i : i + size] for c in classes), fuse, discard)
+            ask = Question(*(c if c is None else c[i : i + size] for c in classes), fuse=fuse, discard=discard)
             part_logits, rows = METHODS[method](model, part, ask)
             logits.append(part_logits.detach())
             maps.append(_normalized(rows.detach()[:, model.num_prefix_tokens :]).unflatten(1, grid))
@@ -314,9 +313,9 @@ def _normalized(rows: Tensor) -> Tensor:
 def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, classes), and attention as it is, unmixed, for people to browse.
 
-    Also returned: what the pooled token attends to in every layer and head, (B, L, h, grid height, grid width); and what
-    each patch attends to, mean over layers and heads, (B, grid height, grid width, grid height, grid width). Both leave
-    the prefix tokens out, so that they need not sum to 1.
+    Also returned: what the pooled token attends to in every layer and head, (B, L, h, grid height, grid width), and
+    what each patch attends to, mean over layers and heads, (B, grid height, grid width, grid height, grid width). The
+    prefix tokens are left out, so that neither need sum to 1.
 
     Args:
         model: In eval mode.
@@ -332,8 +331,5 @@ def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, T
         return fuse_heads(weights)[:, patches, patches]
 
     logits, fused = model.forward_attention(images, keep)
-    return (
-        logits,
-        torch.stack(heads, 1).unflatten(-1, grid),
-        sum(fused).div(len(fused)).unflatten(2, grid).unflatten(1, grid),
-    )
+    mean = torch.stack(fused).mean(0)  # (B, P, P)
+    return logits, torch.stack(heads, 1).unflatten(-1, grid), mean.unflatten(2, grid).unflatten(1, grid)

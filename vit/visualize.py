@@ -73,7 +73,7 @@ def heat(image: Image.Image, grid: np.ndarray, *, box: Box | None = None) -> Ima
 
 
 def enlarged(grid: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The grid stretched to [0, 1] and smoothly enlarged to (height, width); zeros where every patch counts the same."""
+    """The grid stretched to [0, 1] and smoothly enlarged to (height, width); zeros where all patches are the same."""
     grid = np.nan_to_num(np.asarray(grid, dtype=np.float32))
     low, high = grid.min(), grid.max()
     grid = (grid - low) / (high - low) if high - low > 1e-5 * high else np.zeros_like(grid)
@@ -105,7 +105,7 @@ def captioned(picture: Image.Image, text: str, size: int | None = None) -> Image
         size: Height of the letters, in pixels; none for one that suits the picture.
     """
     size = size or min(max(14, picture.width // 40), 32)
-    line = shortened(" ".join(text.split()), font(size), picture.width)
+    line = shortened(text, font(size), picture.width)
     result = Image.new("RGB", (picture.width, picture.height + 2 * size), PAPER)
     result.paste(picture, (0, 0))
     ImageDraw.Draw(result).text((0, picture.height + size), line, fill=INK, font=font(size), anchor="lm")
@@ -113,9 +113,9 @@ def captioned(picture: Image.Image, text: str, size: int | None = None) -> Image
 
 
 def shortened(text: str, letters: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, or as much of its two ends as fits the width in pixels."""
+    """The text in one line, or as much of its two ends as fits the width in pixels."""
+    line = text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     keep = len(text)
-    line = text
     while keep > 1 and letters.getlength(line) > width:
         keep -= 1
         line = f"{text[: keep // 2]}…{text[len(text) - (keep - keep // 2) :]}"

@@ -1,0 +1,210 @@
+"""The page: what is in it, that nothing leaves it, and that it works in a browser."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit.checkpoint import Checkpoint
+from vit.preprocess import Preprocess
+from vit.report import COARSEST, TOP, write_report
+
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck", "lorry", "van")
+ABOUT = Checkpoint(
+    architecture={"depth": 2, "num_heads": 3},
+    class_names=NAMES,
+    preprocess=Preprocess(image_size=(32, 48), mean=(0.5,) * 3, std=(0.5,) * 3),
+    metrics={"val/acc": 0.8214, "val/loss": float("nan")},
+)
+
+
+def entry(
+    i: int = 0, *, size: tuple[int, int] = (48, 32), grid: tuple[int, int] = (4, 6), **changes: Any
+) -> dict[str, Any]:
+    random = np.random.default_rng(i)
+    image = Image.fromarray(random.integers(0, 255, (size[1] // 8 + 1, size[0] // 8 + 1, 3), dtype=np.uint8))
+    return {
+        "path": f"photos/{i}.jpg",
+        "image": image.resize(size, Image.Resampling.BICUBIC),
+        "box": (0.0, 0.0, *map(float, size)),
+        "scores": dict(zip(NAMES, random.dirichlet(np.ones(len(NAMES))).tolist(), strict=True)),
+        "maps": {
+            "rollout": random.random(grid),
+            "relevance": {name: random.random(grid) for name in NAMES[:3]},
+        },
+        "attention": {"heads": random.random((2, 3, *grid)), "patches": random.random((*grid, *grid))},
+        **changes,
+    }
+
+
+def data(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def values(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+
+
+def test_page_says_what_was_given(tmp_path):
+    given = entry(1, box=(6.0, 0.0, 42.0, 32.0))
+    page = write_report(tmp_path / "new" / "report.html", ABOUT, [given])
+    content = data(page)
+    (one,) = content["entries"]
+    assert one["path"] == "photos/1.jpg"
+    assert one["box"] == pytest.approx([6 / 48, 0, 36 / 48, 1])
+    ordered = sorted(given["scores"].items(), key=lambda item: -item[1])[:TOP]
+    assert [label for label, _ in one["scores"]] == [label for label, _ in ordered]
+    assert [score for _, score in one["scores"]] == pytest.approx([score for _, score in ordered], abs=1e-6)
+    for found, grid in (
+        (one["maps"]["rollout"], given["maps"]["rollout"]),
+        (one["maps"]["relevance"]["bird"], given["maps"]["relevance"]["bird"]),
+    ):
+        assert found["shape"] == [4, 6]
+        shares = values(found["data"]).reshape(4, 6) / 255 * found["top"]
+        np.testing.assert_allclose(shares, grid / grid.sum(), atol=0.003 * grid.max() / grid.sum())
+    assert content["about"]["metrics"] == {"val/acc": 0.8214}  # what is no number is left out
+    assert content["about"]["size"] == "48\u00d732"
+
+
+def test_attention_comes_through(tmp_path):
+    given = entry(2)
+    (one,) = data(write_report(tmp_path / "r.html", ABOUT, [given]))["entries"]
+    levels = np.frombuffer(zlib.decompress(base64.b64decode(one["attention"]["data"])), dtype=np.uint8)
+    heads, patches = given["attention"]["heads"].reshape(6, -1), given["attention"]["patches"].reshape(24, -1)
+    assert one["attention"]["heads"] == [2, 3, 4, 6]
+    expected = [(g / g.max(1, keepdims=True)).ravel() for g in (heads, patches)]
+    np.testing.assert_allclose(levels[: heads.size] / 255, expected[0], atol=0.5 / 255)
+    np.testing.assert_allclose(levels[heads.size :] / 255, expected[1], atol=0.51 / 15)
+
+
+def test_large_grids_are_averaged(tmp_path):
+    patches = np.zeros((28, 30, 28, 30))
+    patches[0, 0, 27, 29] = 1
+    given = entry(3, attention={"heads": np.ones((1, 1, 28, 30)), "patches": patches})
+    (one,) = data(write_report(tmp_path / "r.html", ABOUT, [given]))["entries"]
+    assert one["attention"]["patches"] == [COARSEST] * 4
+    levels = np.frombuffer(zlib.decompress(base64.b64decode(one["attention"]["data"])), dtype=np.uint8)[28 * 30 :]
+    assert levels.reshape([COARSEST] * 4)[0, 0, -1, -1] == 255
+    assert (levels > 0).sum() == 1
+
+
+def test_small_images_are_exact_and_large_ones_reduced(tmp_path):
+    small, large = entry(4, size=(32, 32)), entry(5, size=(1000, 700))
+    for given, one in zip(
+        (small, large), data(write_report(tmp_path / "r.html", ABOUT, [small, large]))["entries"], strict=True
+    ):
+        kind, _, text = one["image"].partition(";base64,")
+        (tmp_path / "image").write_bytes(base64.b64decode(text))
+        with Image.open(tmp_path / "image") as image:
+            if given is small:
+                assert kind == "data:image/png"
+                np.testing.assert_array_equal(np.asarray(image), np.asarray(given["image"]))
+            else:
+                assert kind == "data:image/jpeg"
+                assert max(image.size) == 448
+        assert (one["width"], one["height"]) == given["image"].size
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["</script><script>alert(1)</script>", "<!--<script>", 'a "quoted" \\ name', "猫 \u2028 кот", "no text \udcff"],
+)
+def test_names_stay_text(tmp_path, name):
+    given = entry(6, path=name, scores={name: 1.0}, maps={name: np.ones((2, 2))})
+    page = write_report(tmp_path / "r.html", ABOUT, [given])
+    (one,) = data(page)["entries"]
+    assert one["path"] == name
+    assert one["scores"] == [[name, 1.0]]
+    assert page.read_text("utf-8").count("<script") == 2
+
+
+def test_page_is_self_contained(tmp_path):
+    page = write_report(tmp_path / "r.html", ABOUT, [entry(7)]).read_text("utf-8")
+    assert not re.search(r"""https?://|src=["']?[^"'$]|href=|@import|url\(""", page.split('id="data"')[0])
+    assert "fetch(" not in page
+    assert "XMLHttpRequest" not in page
+
+
+def test_entries_are_taken_one_by_one(tmp_path):
+    seen = []
+    write_report(tmp_path / "r.html", ABOUT, (seen.append(i) or entry(i, attention=None) for i in range(3)))
+    assert seen == [0, 1, 2]
+    assert data(write_report(tmp_path / "empty.html", ABOUT, []))["entries"] == []
+
+
+def test_two_hundred_photographs_stay_small(tmp_path):
+    astronaut = pytest.importorskip("skimage.data", reason="scikit-image has the photograph").astronaut()
+    given = entry(8, image=Image.fromarray(astronaut), grid=(14, 14))
+    given["attention"] = {
+        "heads": np.random.default_rng(0).random((12, 6, 14, 14)),
+        "patches": np.random.default_rng(0).random((14, 14, 14, 14)),
+    }
+    page = write_report(tmp_path / "r.html", ABOUT, [given] * 5)
+    assert page.stat().st_size / 5 * 200 < 20 * 2**20
+
+
+# ---- in a browser ----
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom"),
+]
+
+# Uses the page as a person would, and writes down what came of it.
+VISIT = f"<script>{(Path(__file__).parent / 'report_visit.js').read_text()}</script>"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("window", ["1280,900", "500,800"])
+def test_page_works_in_a_browser(tmp_path, window):
+    page = write_report(tmp_path / "r.html", ABOUT, [entry(i) for i in range(3)])
+    page.write_text(page.read_text("utf-8").replace("</html>", VISIT + "</html>"), encoding="utf-8")
+    result = subprocess.run(
+        [
+            str(CHROMIUM),
+            *QUIET,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={window}",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "CONSOLE" not in result.stderr
+    dumped = re.search(r'<pre id="found">(.*?)</pre>', result.stdout, re.DOTALL)
+    assert dumped, result.stderr
+    found = json.loads(dumped[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["cards"] == 3
+    assert found["path"].startswith("photos/0.jpg")
+    assert "val/acc 82.1 %" in found["facts"]
+    assert len(found["bars"]) == TOP
+    assert found["strip"] == 6
+    assert found["said"] == "Shown: rollout."
+    assert found["method"] == "relevance"
+    assert len({found[k] for k in ("rollout", "relevance", "other", "sharp", "hovered", "headShown")}) == 6
+    assert found["otherSaid"].startswith("Shown: relevance for ")
+    assert found["rollout"] == found["again"] == found["left"] == found["escaped"] == found["back"]
+    assert re.fullmatch(r"Row 1, column 6: [\d.]+ % of rollout. Shown: what this patch attends to.", found["hover"])
+    assert found["walked"].startswith("Row 4, column 4")
+    assert found["mark"]
+    assert found["head"] == "Shown: layer 1, head 1."
+    assert (found["invisible"], found["visible"]) == ("0", "0.1")
+    assert found["next"].startswith("photos/1.jpg")
+    assert found["before"].startswith("photos/0.jpg")
+    assert found["found"] == 1
+    assert found["paper"] != found["otherPaper"]
+    assert found["wide"]
