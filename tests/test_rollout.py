@@ -99,7 +99,8 @@ def reference_last(model: VisionTransformer, images: Tensor) -> Tensor:
 
 def reference_legrad(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
     """One graph through all layers, in which a layer's score has its gradient taken for its own weights only."""
-    model, total = double(model), 0
+    model = double(model)
+    total = torch.zeros((), dtype=torch.float64)
     x = model.embed(images.double())
     for block in model.blocks:
         x, weights = block.explain(x)
@@ -402,7 +403,7 @@ def test_contrast_asks_about_the_difference_of_two_logits(model, method):
         (dict(method="lrp", target=[1, 2]), "3 images need one class or 3, got 2"),
     ],
 )
-def test_what_makes_no_sense_is_refused(model, arguments, words):
+def test_what_makes_no_sense_is_refused(model, arguments: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         attention_map(model, images_for(model), **arguments)
 

@@ -63,7 +63,7 @@ class Guard(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved, self.late = time.monotonic(), pl_module.device.type == "cuda"
-        if not trainer.fast_dev_run:
+        if not getattr(trainer, "fast_dev_run", False):
             self._check_space(Path(trainer.default_root_dir), pl_module)
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
@@ -161,7 +161,7 @@ class Guard(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         self._read(trainer)
         path = Path(trainer.default_root_dir) / "last.ckpt"
-        if not trainer.fast_dev_run:
+        if not getattr(trainer, "fast_dev_run", False):
             start = time.monotonic()
             trainer.save_checkpoint(path)
             self.saved = time.monotonic()

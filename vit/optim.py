@@ -62,10 +62,11 @@ def build_optimizer(
         name: ``adamw``, or ``muon`` (Jordan et al. 2024; Liu et al. 2025, 2502.16982), by timm.
         lr: Peak learning rate of AdamW.
         muon_lr: Peak learning rate of Muon; its update has the size sqrt(max(1, rows / columns)) for rate 1.
-        weight_decay: Decoupled decay of matrices; a step takes the learning rate times this off them. With Muon it is what
-            keeps them small, as its updates do not shrink with the gradient.
+        weight_decay: Decoupled decay of matrices; a step takes the learning rate times this off them. With Muon it is
+            what keeps them small, as its updates do not shrink with the gradient.
         layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 1 for none.
     """
+
     def ready(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups = [group for group in groups if group["params"]]
         return groups if layer_decay == 1 else [part for g in groups for part in split_by_depth(model, g, layer_decay)]

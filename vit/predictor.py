@@ -162,6 +162,26 @@ class Predictor:
             raise CheckpointError(f"{path}: {error}") from error
         return cls(model, about, device=device, precision=precision)
 
+    @classmethod
+    def from_timm(cls, name: str, *, device: str = "auto", precision: Precision = "float32") -> "Predictor":
+        """A predictor with a pretrained model of timm's, its labels (ImageNet's, say) and its preprocessing.
+
+        Args:
+            name: Such as ``vit_small_patch16_224.augreg_in21k_ft_in1k``, downloaded by timm; or a folder with
+                ``config.json`` beside the weights. ``vit.pretrained.load_pretrained`` lists all.
+            device: As for the class.
+            precision: As for the class.
+
+        Raises:
+            CheckpointError: If it cannot be had, it has no classifier, or our model cannot compute what it computes.
+        """
+        from vit.pretrained import load_pretrained
+
+        model, about = load_pretrained(name)
+        if not about.class_names:
+            raise CheckpointError(f"{name}: a backbone without classes; fine-tune it with --model.pretrained {name}")
+        return cls(model, about, device=device, precision=precision)
+
     def predict(self, image: Source) -> Prediction:
         """What one image shows.
 

@@ -1,0 +1,140 @@
+"""What pre-training gives: the same model on small real sets, from trained weights and from random ones.
+
+``python -m benchmarks.transfer`` trains both ways on two sets that come with scikit-image and scikit-learn, each with
+other images, another size and other classes than CIFAR-10, several seeds each, and writes benchmarks/results.
+``--pretrained`` is the start, by default the CIFAR-10 weights that come along.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import train
+from benchmarks.record import record
+from vit.predictor import SHIPPED, Predictor
+from vit.preprocess import ImageError
+from vit.pretrained import load_pretrained
+
+SHOTS = 20  # training images of each digit
+
+
+def faces(folder: Path) -> int:
+    """skimage's subset of Labeled Faces in the Wild, grey, 25 x 25: 100 faces and 100 patches that are none."""
+    from skimage.data import lfw_subset
+
+    images = (lfw_subset() * 255).round().astype(np.uint8)
+    for i, image in enumerate(images):
+        split = "train" if i % 5 < 2 else "test"  # 80 to learn from, 120 to test on
+        save(folder / split / ("face" if i < 100 else "no_face") / f"{i:03d}.png", image)
+    return 24
+
+
+def digits(folder: Path) -> int:
+    """scikit-learn's handwritten digits, grey, 8 x 8, enlarged: a few of each to learn from, the rest to test on."""
+    from sklearn.datasets import load_digits
+
+    source: Any = load_digits()
+    seen = [0] * 10
+    for i, (image, label) in enumerate(zip(source.images, source.target, strict=True)):
+        seen[label] += 1
+        split = "train" if seen[label] <= SHOTS else "test"
+        save(folder / split / str(label) / f"{i:04d}.png", (image / 16 * 255).round().astype(np.uint8))
+    return 16
+
+
+def save(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).convert("RGB").save(path)
+
+
+def accuracy(run: Path, test: Path) -> float:
+    """Share of the test images whose class the run's model names."""
+    predictor = Predictor.from_checkpoint(run / "model.safetensors", device="cpu")
+    files = sorted(test.glob("*/*.png"))
+    answers = predictor.predict_iter(files)
+    right = [not isinstance(a, ImageError) and a.label == f.parent.name for a, f in zip(answers, files, strict=True)]
+    return sum(right) / len(right)
+
+
+def fit(folder: Path, run: Path, size: int, seed: int, start: list[str], epochs: int) -> tuple[float, float]:
+    """Train once; test accuracy and seconds."""
+    started = time.perf_counter()
+    code = train.main(
+        [
+            *("fit", "--config", "configs/finetune.yaml", "--seed_everything", str(seed), *start),
+            *("--data.dataset", str(folder), "--data.image_size", str(size), "--data.batch_size", "20"),
+            *("--data.val_fraction", "0", "--data.root", str(folder.parent / "cache")),  # settings are not tuned here
+            *("--trainer.default_root_dir", str(run), "--trainer.max_epochs", str(epochs)),
+            *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),
+            *("--trainer.check_val_every_n_epoch", str(epochs), "--checkpoint.monitor", "null"),
+        ]
+    )
+    if code:
+        raise SystemExit(code)
+    return accuracy(run, folder / "test"), time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", default=str(SHIPPED), help="what to start from (default: the shipped weights)")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each kind (default: 5)")
+    parser.add_argument("--epochs", type=int, default=30, help="of each training (default: 30)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/transfer"), help="where images and runs are written")
+    args = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    model, about = load_pretrained(args.pretrained)
+    architecture: dict[str, Any] = {
+        name: value
+        for name, value in model.architecture.items()
+        if name not in ("image_size", "in_chans", "num_classes") and value is not None
+    }
+    scratch = ["--model.pretrained", "null"]
+    for name, value in architecture.items():
+        text = list(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
+        scratch += [f"--model.{name}", str(text)]
+    ways = {
+        "fine-tuned": ["--model.pretrained", args.pretrained],
+        "linear probe": ["--model.pretrained", args.pretrained, "--model.freeze", "true", "--model.lr", "0.01"],
+        "from scratch, same settings": [*scratch, "--model.layer_decay", "1"],
+        "from scratch, Muon": [*scratch, "--model.layer_decay", "1", "--model.optimizer", "muon"],
+    }
+    rows = []
+    for task, write in {"faces": faces, "digits": digits}.items():
+        size = write(args.folder / task)
+        for way, start in ways.items():
+            runs = [
+                fit(args.folder / task, args.folder / f"{task}_run", size, seed, start, args.epochs)
+                for seed in range(args.seeds)
+            ]
+            accuracies = [found for found, _ in runs]
+            rows.append(
+                {
+                    "task": task,
+                    "way": way,
+                    "test_accuracy": statistics.mean(accuracies),
+                    "spread": statistics.stdev(accuracies) if len(runs) > 1 else 0.0,
+                    "accuracies": accuracies,
+                    "seconds": statistics.median(seconds for _, seconds in runs),
+                }
+            )
+    table = Table("task", "way", "test accuracy", "min", "max", "s")
+    for row in rows:
+        low, high = min(row["accuracies"]), max(row["accuracies"])
+        shown = f"{row['test_accuracy']:.3f} ± {row['spread']:.3f}"
+        table.add_row(row["task"], row["way"], shown, f"{low:.3f}", f"{high:.3f}", f"{row['seconds']:.0f}")
+    Console().print(table)
+    start = {"file": Path(args.pretrained).name, "metrics": about.metrics, "training": about.training}
+    print("written to", record("transfer", rows, seeds=args.seeds, epochs=args.epochs, pretrained=start))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""Training that starts from trained weights: what is kept, what is frozen, and how fast each layer may move."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from vit.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from vit.classifier import ViTClassifier
+from vit.model import VisionTransformer
+from vit.optim import build_optimizer
+from vit.preprocess import Preprocess
+
+SIZES: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 4,
+}
+DATA: dict[str, Any] = {"image_size": (8, 8), "class_names": ["a", "b"], "mean": [0.5], "std": [0.25]}
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """A model of 16-pixel colour images in four classes."""
+    model = VisionTransformer(**SIZES, pool="mean", stem="conv")
+    preprocess = Preprocess(image_size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+    about = Checkpoint(architecture=model.architecture, class_names=tuple("wxyz"), preprocess=preprocess)
+    return save_checkpoint(tmp_path / "pretrained.safetensors", model.state_dict(), about)
+
+
+def test_architecture_is_read_from_the_file(pretrained):
+    model = ViTClassifier(**DATA, pretrained=str(pretrained), drop_path_rate=0.1, embed_dim=384)  # 384 is the default
+    assert model.vit.architecture["embed_dim"] == 32
+    assert model.vit.architecture["drop_path_rate"] == 0.1
+    assert (model.vit.image_size, model.vit.in_chans, model.vit.num_classes) == ((8, 8), 1, 2)
+    block = load_checkpoint(pretrained)[0].blocks[1].state_dict()
+    assert all(torch.equal(tensor, block[name]) for name, tensor in model.vit.blocks[1].state_dict().items())
+
+
+def test_what_contradicts_the_file_is_refused(pretrained):
+    with pytest.raises(ValueError, match=r"has depth 3, not 5; leave model.depth out"):
+        ViTClassifier(**DATA, pretrained=str(pretrained), depth=5)
+    with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\], got 0"):
+        ViTClassifier(**DATA, pretrained=str(pretrained), layer_decay=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_backbone_leaves_the_head_to_the_optimiser(pretrained, name):
+    model = ViTClassifier(**DATA, pretrained=str(pretrained), freeze=True, optimizer=name)
+    optimizer = build_optimizer(model.vit, **model.optimizer)
+    found = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert found == {id(p) for p in model.vit.head.parameters()}
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("adamw", 0.01), ("muon", 0.05)])
+def test_layers_move_slower_the_lower_they_are(name, hidden):
+    model = VisionTransformer(**SIZES, qk_norm=True, init_values=0.1, num_registers=1)
+    optimizer = build_optimizer(model, name=name, lr=0.01, muon_lr=0.05, weight_decay=0.1, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {key: rates[id(parameter)] for key, parameter in model.named_parameters()}
+    assert len(rates) == len(named)
+    assert named["head.weight"] == named["norm.bias"] == 0.01
+    assert named["blocks.2.norm1.weight"] == named["blocks.2.ls1.gamma"] == 0.01 / 2
+    assert named["blocks.2.attn.qkv.weight"] == hidden / 2
+    assert named["blocks.0.mlp.fc1.weight"] == hidden / 8
+    for key in ("pos_embed", "cls_token", "reg_token", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        assert named[key] == 0.01 / 16
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.ndim == 2 or p.ndim == 4}
+
+
+def test_linear_probe_from_the_command_line(pretrained, tmp_path, capsys):
+    """One run of train.py: messages, frozen weights bit-equal in the result, and a head that moved."""
+    run = tmp_path / "run"
+    status = train.main(
+        [
+            "fit",
+            *("--config", "configs/finetune.yaml", "--model.pretrained", str(pretrained), "--model.freeze", "true"),
+            *("--data.dataset", "digits", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"),
+            *("--trainer.default_root_dir", str(run), "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
+            *("--trainer.enable_progress_bar", "false"),
+        ]
+    )
+    assert status == 0
+    messages = capsys.readouterr().err
+    assert "patch embedding adapted from 3 to 1 channels" in messages
+    assert "position embedding resampled from 4x4 to 2x2 patches" in messages
+    assert "head replaced: 4 classes before, 10 now" in messages
+    model, about = load_checkpoint(run / "model.safetensors")
+    before = load_checkpoint(pretrained)[0]
+    assert all(torch.equal(t, before.blocks.state_dict()[name]) for name, t in model.blocks.state_dict().items())
+    assert model.head.bias.abs().max() > 0
+    assert about.training["pretrained"] == str(pretrained)
+
+
+def test_unusable_start_is_one_line(tmp_path, capsys):
+    arguments = ["fit", "--config", "configs/finetune.yaml", "--data.dataset", "digits"]
+    assert train.main([*arguments, "--model.pretrained", "nonsense", "--trainer.default_root_dir", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nonsense: neither a file or folder nor the name of a timm model" in line

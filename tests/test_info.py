@@ -1,0 +1,59 @@
+"""The figures of a model against arithmetic done by hand, and what the command prints."""
+
+from dataclasses import replace
+
+import pytest
+
+from vit import info
+from vit.checkpoint import Checkpoint, save_checkpoint
+from vit.model import VisionTransformer
+from vit.preprocess import Preprocess
+
+
+def made() -> tuple[VisionTransformer, Checkpoint]:
+    model = VisionTransformer(image_size=(8, 12), patch_size=2, num_classes=5, embed_dim=32, depth=2, num_heads=4)
+    preprocess = Preprocess(
+        image_size=(8, 12), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), crop=0.875, interpolation="bilinear"
+    )
+    names = tuple(f"kind {i}" for i in range(5))
+    about = Checkpoint(
+        architecture=model.architecture,
+        class_names=names,
+        preprocess=preprocess,
+        temperature=1.7,
+        metrics={"val/acc": 0.5},
+    )
+    return model, about
+
+
+@pytest.mark.parametrize(("depth", "embed_dim", "size"), [(12, 192, 224), (2, 64, 32)])
+def test_flops_are_two_for_each_multiply_add(depth, embed_dim, size):
+    model = VisionTransformer(image_size=size, embed_dim=embed_dim, depth=depth, num_heads=embed_dim // 64)
+    n, d = (size // 16) ** 2 + 1, embed_dim
+    patches = (n - 1) * 16 * 16 * 3 * d
+    block = n * d * 3 * d + 2 * n * n * d + n * d * d + 2 * n * d * 4 * d  # qkv, scores and sum, projection, MLP
+    assert info.flops(model) == 2 * (patches + depth * block + d * 1000)
+    assert info.flops(model, batch=3) == 3 * info.flops(model)
+
+
+def test_command_says_what_there_is(tmp_path, capsys):
+    model, about = made()
+    path = save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), about)
+    assert info.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    parameters = sum(p.numel() for p in model.parameters())
+    for expected in (f"{parameters:,}", "4 x 6 patches + 1", "kind 4", "8 x 12", "bilinear", "0.875", "1.7", "val/acc"):
+        assert expected in text
+
+
+def test_command_refuses_in_one_line(tmp_path, capsys):
+    assert info.main([str(tmp_path / "none.safetensors")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vit.info: ")
+
+
+def test_many_classes_are_not_all_listed():
+    model, about = made()
+    section = info.facts(model, replace(about, class_names=tuple(map(str, range(1000)))))["classes"]
+    assert section["number"] == 1000
+    assert section["names"].endswith("11, ... (988 more)")

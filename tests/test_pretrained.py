@@ -1,0 +1,260 @@
+"""Every timm name we claim computes the same, the rest is refused with its reason, and weights fit new data."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers.patch_embed import resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import save_for_hf
+from torch import Tensor
+
+from benchmarks.timm_coverage import PAGE, compare, refusal
+from vit import Predictor
+from vit.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from vit.model import VisionTransformer
+from vit.preprocess import Preprocess
+from vit.pretrained import from_timm, labels_of, load_pretrained, start_from
+
+ROOT = Path(__file__).parent.parent
+COVERAGE = json.loads((ROOT / "benchmarks" / "results" / "timm_coverage.json").read_text())
+NAMES = [row["name"] for row in COVERAGE["rows"]]
+CLASSES = ("cat", "dog", "owl")
+STATISTICS: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+
+# Coverage -------------------------------------------------------------------------------------------------------------
+
+
+def narrow(name: str) -> dict[str, Any]:
+    """Arguments for timm that keep everything of a model but its size."""
+    patch = int(next(iter(re.findall(r"patch(\d+)", name)), 16))
+    return {"embed_dim": 64, "num_heads": 4, "img_size": (2 * patch, 3 * patch)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_claimed_model_equals_timm(name):
+    """Strict loading, logits and map; benchmarks/timm_coverage.py does it at full width and image size."""
+    result = compare(name, **narrow(name))
+    assert result["logits_std"] > 0.1
+    assert result["logits"] < 1e-4
+    assert result["logits_of_map"] < 1e-4
+    assert result["map"] < 1e-6
+
+
+def test_coverage_is_as_wide_as_we_say():
+    assert len(NAMES) >= 60
+    assert max(row["logits"] for row in COVERAGE["rows"]) < 1e-4
+    assert max(row["map"] for row in COVERAGE["rows"]) < 1e-6
+    page = (ROOT / PAGE).read_text()
+    assert all(f"| {name} |" in page for name in NAMES)
+    assert all(name in page for found in COVERAGE["refused"].values() for name in found)
+
+
+@pytest.mark.parametrize("reason", COVERAGE["refused"])
+def test_others_are_refused_with_the_reason(reason):
+    cheapest = min(COVERAGE["refused"][reason], key=lambda name: ("giant" in name or "huge" in name, len(name)))
+    assert refusal(cheapest) == reason
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def tiny_timm(**more: Any) -> Any:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **more}).eval()
+
+
+def folder(path: Path, **more: Any) -> Path:
+    """A folder as the hub keeps it, written by timm alone."""
+    config = {"label_names": list(CLASSES)} if more.get("num_classes", 3) == 3 else {}
+    data = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.25), "crop_pct": 0.9, "interpolation": "bilinear"}
+    save_for_hf(tiny_timm(**more), str(path), model_config=config, safe_serialization=True, data_config=data)
+    return path
+
+
+def test_reads_a_folder_of_timm(tmp_path):
+    theirs = timm.create_model(f"local-dir:{folder(tmp_path)}", pretrained=True).eval()
+    model, about = load_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert not model.training
+    torch.testing.assert_close(model(images), theirs(images), atol=1e-5, rtol=0)
+    assert about.class_names == CLASSES
+    assert about.preprocess == Preprocess(
+        image_size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.25), crop=0.9, interpolation="bilinear"
+    )
+
+
+def test_reads_plain_weights_if_told_of_what(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    theirs = timm.create_model("test_vit", num_classes=7).eval()
+    save_file(theirs.state_dict(), file)
+    with pytest.raises(CheckpointError, match=re.escape(f"write TIMM_NAME={file}")):
+        load_pretrained(file)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):  # seven classes are not the name's thousand
+        load_pretrained(f"test_vit={file}")
+    theirs = timm.create_model("test_vit").eval()
+    save_file(theirs.state_dict(), file)
+    model, about = load_pretrained(f"test_vit={file}")
+    images = torch.randn(2, 3, 160, 160)
+    torch.testing.assert_close(model(images), theirs(images), atol=1e-5, rtol=0)
+    assert len(about.class_names) == 1000
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("vit_base_patch16_nothing", "neither a file or folder nor the name of a timm model"),
+        ("missing.safetensors", "neither a file or folder nor the name of a timm model"),
+        ("vit_tiny_patch16_224=missing.safetensors", "missing.safetensors: no such weights file"),
+        ("test_vit3", "test_vit3: pooling by attention (map)"),
+        ("vit_tiny_patch16_224.no_such_tag", "vit_tiny_patch16_224.no_such_tag: cannot be loaded"),
+        ("resnet18", "resnet18: timm's class ResNet instead of its VisionTransformer"),
+    ],
+)
+def test_refuses_in_one_line(source, message):
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(source)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_a_folder_without_description(tmp_path):
+    with pytest.raises(CheckpointError, match="without a config"):
+        load_pretrained(tmp_path)
+    folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_pretrained(tmp_path)
+
+
+def test_imagenet_labels_are_names_and_each_names_one_class():
+    with torch.device("meta"):
+        labels = labels_of(timm.create_model("test_vit"))
+    assert len(set(labels)) == 1000
+    assert labels[0] == "tench, Tinca tinca"
+    assert [label for label in labels if label.startswith("crane (")] == ["crane (n02012849)", "crane (n03126707)"]
+
+
+def test_predictor_from_timm_classifies_and_explains(tmp_path):
+    from PIL import Image
+
+    predictor = Predictor.from_timm(str(folder(tmp_path)), device="cpu")
+    image = Image.linear_gradient("L").resize((50, 40))
+    explanation = predictor.explain(image, target="owl")
+    assert set(explanation.prediction.scores) == set(CLASSES)
+    assert explanation.grid.shape == (4, 4)
+
+
+def test_predictor_refuses_a_backbone(tmp_path):
+    with pytest.raises(CheckpointError, match="a backbone without classes"):
+        Predictor.from_timm(str(folder(tmp_path, num_classes=0)), device="cpu")
+
+
+# Fitting to new data --------------------------------------------------------------------------------------------------
+
+
+def start(
+    source: Path, classes=CLASSES, size=32, statistics=STATISTICS, **asked
+) -> tuple[VisionTransformer, list[str]]:
+    return start_from(source, image_size=size, class_names=classes, **statistics, **asked)
+
+
+def saved(path: Path, **more) -> tuple[VisionTransformer, Path]:
+    """A small model of ours and its file."""
+    arguments: dict[str, Any] = dict(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    model = VisionTransformer(**{**arguments, **more}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    chans = model.in_chans
+    preprocess = Preprocess(image_size=model.image_size, mean=(0.5,) * chans, std=(0.25,) * chans)
+    about = Checkpoint(architecture=model.architecture, class_names=CLASSES, preprocess=preprocess)
+    return model, save_checkpoint(path / "model.safetensors", model.state_dict(), about)
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"pool": "mean"}, {"num_registers": 4}, {"num_registers": 4, "prefix_positions": True}]
+)
+@pytest.mark.parametrize("size", [(384, 384), (32, 32), (320, 160), (16, 48)])
+def test_positions_are_resampled_as_timm_does(tmp_path, kind, size):
+    old, path = saved(tmp_path, image_size=224, patch_size=16, **kind)
+    new, notes = start(path, size=size)
+    grid = [size[0] // 16, size[1] // 16]
+    expected = resample_abs_pos_embed(old.pos_embed, grid, [14, 14], num_prefix_tokens=old.num_prefix_positions)
+    torch.testing.assert_close(new.pos_embed, expected, atol=1e-6, rtol=0)
+    assert notes == [f"position embedding resampled from 14x14 to {grid[0]}x{grid[1]} patches"]
+
+
+def test_nothing_changes_where_nothing_is_asked(tmp_path):
+    old, path = saved(tmp_path, stem="conv", pool="mean", qk_norm=True)
+    new, notes = start(path)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(new.eval()(images), old(images), atol=0, rtol=0)
+    assert notes == []
+
+
+def test_head_is_replaced_for_other_classes_only(tmp_path):
+    old, path = saved(tmp_path)
+    new, notes = start(path, classes=("a", "b"))
+    assert notes == ["head replaced: 3 classes before, 2 now"]
+    assert new.head.weight.shape == (2, 32)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(new.eval().forward_features(images), old.forward_features(images), atol=0, rtol=0)
+    same_number, notes = start(path, classes=("a", "b", "c"))
+    assert notes == ["head replaced: 3 classes before, 3 now"]
+    assert (same_number.head.weight - old.head.weight).abs().max() > 1e-3
+
+
+def test_patches_and_channels_are_adapted(tmp_path):
+    old, path = saved(tmp_path)
+    new, notes = start(path, size=64, patch_size=16)
+    assert notes[0] == "patch embedding resampled from 8x8 to 16x16 pixels"
+    expected = resample_patch_embed(old.patch_embed.proj.weight, [16, 16])  # type: ignore[union-attr]
+    torch.testing.assert_close(new.patch_embed.proj.weight, expected)
+    grey, notes = start(path, statistics={"mean": (0.5,), "std": (0.25,)})
+    assert notes == ["patch embedding adapted from 3 to 1 channels"]
+    images = torch.randn(2, 1, 32, 32)  # grey as three equal channels was the same sum
+    torch.testing.assert_close(grey.eval()(images), old(images.expand(-1, 3, -1, -1)), atol=1e-4, rtol=0)
+
+
+def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+
+def test_other_statistics_do_not_change_what_the_weights_see(tmp_path):
+    old, path = saved(tmp_path)
+    other = {"mean": (0.3, 0.4, 0.7), "std": (0.1, 0.2, 0.5)}
+    new, notes = start(path, statistics=other)
+    assert notes == ["mean and std of the new images folded into the patch embedding"]
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(
+        new.eval()(normalised(pixels, **other)), old(normalised(pixels, **STATISTICS)), atol=1e-4, rtol=0
+    )
+
+
+def test_a_backbone_gets_a_head(tmp_path):
+    new, notes = start(folder(tmp_path, num_classes=0), statistics={"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.25)})
+    assert notes == ["head replaced: 0 classes before, 3 now"]
+    assert new(torch.randn(1, 3, 32, 32)).std() > 0
+
+
+def test_refuses_what_does_not_fit(tmp_path):
+    _, path = saved(tmp_path, stem="conv")
+    with pytest.raises(CheckpointError, match=r"has embed_dim 32, not 48; leave model.embed_dim out"):
+        start(path, embed_dim=48)
+    with pytest.raises(CheckpointError, match="a convolutional stem keeps its patch size 8x8"):
+        start(path, patch_size=4)
+    with pytest.raises(ValueError, match="image height 30 is not a multiple of patch size 8"):
+        start(path, size=30)
+
+
+def test_weights_of_timm_are_not_copied():
+    theirs = tiny_timm()
+    ours, _ = from_timm(theirs)
+    assert ours.head.weight.data_ptr() == theirs.head.weight.data_ptr()

@@ -1,0 +1,71 @@
+"""What the README says is true: commands parse, files exist, and each figure stands in benchmarks/results."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+import predict
+from train import TrainCLI
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(?:\w*)\n(.*?)```", README, re.S)
+
+
+def commands(script: str) -> list[list[str]]:
+    """Arguments of every call of a script in the README's blocks, comments and line ends with a backslash removed."""
+    found = []
+    for line in "\n".join(BLOCKS).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for i, word in enumerate(words):
+            if (word == script and i and "python" in words[i - 1]) or (word == script and "torchrun" in words):
+                end = words.index("|") if "|" in words else len(words)
+                found.append(words[i + 1 : end])
+    return found
+
+
+@pytest.mark.parametrize("args", commands("predict.py"), ids=" ".join)
+def test_predict_commands_parse(args: list[str]) -> None:
+    predict.parser().parse_intermixed_args(args)
+
+
+@pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
+def test_train_commands_parse(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(TrainCLI, "before_instantiate_classes", _stop)
+    with pytest.raises(StopIteration):
+        TrainCLI(*_classes(), args=args, seed_everything_default=0, auto_configure_optimizers=False)
+
+
+def _classes() -> tuple[type, type]:
+    from data.datamodule import ImageDataModule
+    from vit.classifier import ViTClassifier
+
+    return ViTClassifier, ImageDataModule
+
+
+def _stop(self: TrainCLI) -> None:
+    assert isinstance(self.config, Namespace)
+    raise StopIteration
+
+
+def test_there_are_commands() -> None:
+    assert len(commands("predict.py")) >= 4
+    assert len(commands("train.py")) >= 5
+
+
+def test_files_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    (tree,) = (block for block in BLOCKS if block.startswith("train.py predict.py"))
+    for name in re.findall(r"(?:^|; )((?:[\w/.]+ ?)+?)(?=  |:)", tree, re.M):
+        for path in name.split():
+            assert (ROOT / path).exists(), path
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())

@@ -1,0 +1,235 @@
+"""A trained model for other runtimes: ``python -m vit.export CHECKPOINT --format timm|onnx``.
+
+``timm`` writes a folder as timm and the Hugging Face hub keep them (``model.safetensors`` and ``config.json`` with
+labels and preprocessing): ``timm.create_model("local-dir:FOLDER", pretrained=True)``. ``onnx`` writes one file that
+takes uint8 pixels and gives logits, probabilities and the attention map, checked in ONNX Runtime before it is kept.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit.checkpoint import Checkpoint, CheckpointError, describe
+from vit.model import VisionTransformer
+from vit.rollout import fuse_heads, pooling_weights, rollout
+
+TOLERANCE = 1e-4  # between PyTorch and ONNX Runtime
+OUTPUTS = ("logits", "probabilities", "map")
+# A model of timm's registry with the norms' epsilon; everything else is an argument that config.json can hold.
+TIMM_BASE = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
+
+
+# ---- timm and the Hugging Face hub -----------------------------------------------------------------------------------
+
+
+def to_timm(model: VisionTransformer) -> nn.Module:
+    """timm's model with the same weights, in eval mode.
+
+    Raises:
+        CheckpointError: If timm has no such model.
+    """
+    import timm
+
+    a = model.architecture
+    if a["stem"] != "linear":
+        raise CheckpointError(f"timm has no stem {a['stem']!r}: use --format onnx, or train with --model.stem linear")
+    if a["norm_eps"] not in TIMM_BASE:
+        raise CheckpointError(f"timm cannot be told norm_eps {a['norm_eps']}, only {', '.join(map(str, TIMM_BASE))}")
+    same = (
+        "in_chans",
+        "num_classes",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "qk_norm",
+        "pre_norm",
+    )
+    theirs = timm.create_model(
+        TIMM_BASE[a["norm_eps"]],
+        **{name: a[name] for name in same},
+        img_size=model.image_size,
+        patch_size=model.patch_size,
+        init_values=None if a["init_values"] is None else 1e-5,
+        class_token=model.pool == "token",
+        global_pool="token" if model.pool == "token" else "avg",
+        reg_tokens=model.num_registers,
+        no_embed_class=not model.num_prefix_positions,
+        fc_norm=not isinstance(model.fc_norm, nn.Identity),
+        act_layer=a["act"],
+    )
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    return theirs.eval()
+
+
+def export_timm(model: VisionTransformer, about: Checkpoint, folder: str | Path) -> Path:
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
+
+    Args:
+        model: The model.
+        about: Its description; labels and preprocessing go where timm keeps them, the rest into a part of our own.
+        folder: Made if missing.
+
+    Raises:
+        CheckpointError: If timm has no such model.
+    """
+    from timm.models import save_for_hf
+
+    theirs, preprocess = to_timm(model), about.preprocess
+    save_for_hf(
+        theirs,
+        str(folder),
+        model_config={
+            "label_names": list(about.class_names),
+            "pretrained_cfg": {"license": None, "origin_url": None, "tag": "vit_rollout"},
+            "vit": {"temperature": about.temperature, "metrics": about.metrics, "training": about.training},
+        },
+        safe_serialization=True,
+        data_config={
+            "input_size": (model.in_chans, *preprocess.image_size),
+            "interpolation": preprocess.interpolation,
+            "mean": preprocess.mean,
+            "std": preprocess.std,
+            "crop_pct": preprocess.crop,
+            "crop_mode": "center",
+        },
+    )
+    return Path(folder)
+
+
+# ---- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+class Explained(nn.Module):
+    """Logits, probabilities (B, classes) and rollout maps (B, rows, columns) of uint8 pixels (B, C, H, W).
+
+    Args:
+        model: The model.
+        about: Its description: normalisation and temperature become part of the graph.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: VisionTransformer, about: Checkpoint):
+        super().__init__()
+        self.model, self.temperature = model, about.temperature
+        self.register_buffer("mean", torch.tensor(about.preprocess.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(about.preprocess.std).view(-1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = (pixels.float() / 255 - self.mean) / self.std
+        logits, matrices = self.model.forward_attention(images, fuse_heads)
+        start = pooling_weights(self.model, matrices[0].shape[-1])
+        patches = rollout(matrices, start)[:, self.model.num_prefix_tokens :]
+        grid = (patches / patches.sum(1, keepdim=True)).unflatten(1, self.model.grid_size)
+        return logits, (logits / self.temperature).softmax(1), grid
+
+
+def export_onnx(model: VisionTransformer, about: Checkpoint, path: str | Path) -> dict[str, float]:
+    """Write an ONNX file, and return how far ONNX Runtime is from PyTorch: the largest difference of each output.
+
+    The description lies in the file's metadata under ``vit``, as JSON.
+
+    Args:
+        model: The model.
+        about: Its description.
+        path: The file; replaced only by one that computes the same as PyTorch.
+
+    Raises:
+        CheckpointError: If a package is missing, or ONNX Runtime computes something else.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise CheckpointError(f"{error.name} is not installed: pip install 'vit-rollout[onnx]'") from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    explained = Explained(model, about).eval()
+    example = torch.randint(256, (2, model.in_chans, *about.preprocess.image_size), dtype=torch.uint8)
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's, about its own dependencies
+        program: Any = torch.onnx.export(
+            explained,
+            (example,),
+            dynamo=True,
+            input_names=["pixels"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    program.model.metadata_props["vit"] = json.dumps(describe(about))
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        program.save(temporary)
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        differences = compare(session, explained, example)
+        if worst := [name for name, difference in differences.items() if not difference <= TOLERANCE]:
+            raise CheckpointError(f"ONNX Runtime's {worst[0]} is {differences[worst[0]]:.1e} from PyTorch's")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return differences
+
+
+def compare(session: Any, explained: Explained, pixels: Tensor) -> dict[str, float]:
+    """Largest difference of each output over batches of 1, 2 and 3 images."""
+    differences: dict[str, float] = dict.fromkeys(OUTPUTS, 0.0)
+    for batch in (pixels[:1], pixels, torch.cat([pixels, pixels[:1] // 2])):
+        with torch.inference_mode():
+            expected = explained(batch)
+        found = session.run(list(OUTPUTS), {"pixels": batch.numpy()})
+        for name, ours, theirs in zip(OUTPUTS, expected, found, strict=True):
+            differences[name] = max(differences[name], (ours - torch.from_numpy(theirs)).abs().max().item())
+    return differences
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; 0 if the export was written, 2 if not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="model.safetensors, .ckpt, a folder with config.json, or a timm name")
+    parser.add_argument("--format", choices=["timm", "onnx"], required=True, help="what to write")
+    parser.add_argument("--out", type=Path, help="folder (timm) or file (onnx); by default beside the checkpoint")
+    options = parser.parse_args(args)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    from vit.pretrained import load_pretrained
+
+    try:
+        model, about = load_pretrained(options.checkpoint)
+        if not about.class_names:
+            raise CheckpointError(f"{options.checkpoint}: a backbone without classes; fine-tune it first")
+        out = options.out or _beside(options.checkpoint, options.format)
+        if options.format == "timm":
+            export_timm(model, about, out)
+            print(f'{out}: timm.create_model("local-dir:{out}", pretrained=True)')
+        else:
+            found = export_onnx(model, about, out)
+            largest = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
+            print(f"{out}: ONNX Runtime equals PyTorch (largest difference: {largest})")
+    except (CheckpointError, OSError) as error:
+        print(f"vit.export: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _beside(checkpoint: str, form: str) -> Path:
+    """Where an export goes if nobody says: next to a file, or here for a name."""
+    path = Path(checkpoint)
+    stem = path.with_suffix("") if path.is_file() else Path(path.name.partition("=")[0])
+    return stem.with_name(f"{stem.name}_timm") if form == "timm" else stem.with_name(f"{stem.name}.onnx")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

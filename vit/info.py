@@ -1,0 +1,84 @@
+"""What a checkpoint is: ``python -m vit.info CHECKPOINT`` prints architecture, size, classes, history."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit.checkpoint import Checkpoint, CheckpointError
+from vit.model import VisionTransformer
+
+SHOWN = 12  # class names that are listed
+
+
+def flops(model: VisionTransformer, batch: int = 1) -> int:
+    """Floating-point operations of a forward pass at the model's image size, a multiply-add counting as two.
+
+    Matrix products and convolutions are counted, as is usual; nothing is computed.
+    """
+    with torch.device("meta"):
+        shape = VisionTransformer(**model.architecture)
+        images = torch.empty(batch, model.in_chans, *model.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shape.forward_attention(images, lambda weights: weights)  # whose products are all visible to the counter
+    return counter.get_total_flops()
+
+
+def facts(model: VisionTransformer, about: Checkpoint) -> dict[str, dict[str, Any]]:
+    """What there is to say, by section; empty sections are left out."""
+    preprocess, names = about.preprocess, about.class_names
+    rows, columns = model.grid_size
+    listed = ", ".join(names[:SHOWN]) + (f", ... ({len(names) - SHOWN} more)" if len(names) > SHOWN else "")
+    sections = {
+        "architecture": {name: value for name, value in model.architecture.items() if value is not None},
+        "size": {
+            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "tokens": f"{rows} x {columns} patches + {model.num_prefix_tokens}",
+            "GFLOPs an image": f"{flops(model) / 1e9:.3g}",
+        },
+        "classes": {"number": len(names), "names": listed}
+        if names
+        else {"number": "none: a backbone without a classifier"},
+        "preprocessing": {
+            "image size": " x ".join(map(str, preprocess.image_size)),
+            "mean": ", ".join(f"{value:.4g}" for value in preprocess.mean),
+            "std": ", ".join(f"{value:.4g}" for value in preprocess.std),
+            "interpolation": preprocess.interpolation,
+            "crop": preprocess.crop,
+            "temperature": f"{about.temperature:.4g}",
+        },
+        "metrics": {name: f"{value:.4g}" for name, value in about.metrics.items()},
+        "training": about.training,
+    }
+    return {name: section for name, section in sections.items() if section}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; 0, or 2 if there is no such checkpoint."""
+    parser = argparse.ArgumentParser(prog="python -m vit.info", description=__doc__)
+    parser.add_argument("checkpoint", help="model.safetensors, .ckpt, a folder with config.json, or a timm name")
+    options = parser.parse_args(args)
+    from vit.pretrained import load_pretrained
+
+    try:
+        model, about = load_pretrained(options.checkpoint)
+    except CheckpointError as error:
+        print(f"vit.info: {error}", file=sys.stderr)
+        return 2
+    path = Path(options.checkpoint)
+    size = f" ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else ""
+    table = Table(title=f"{options.checkpoint}{size}", show_header=False, title_justify="left")
+    for section, rows in facts(model, about).items():
+        for i, (name, value) in enumerate(rows.items()):
+            table.add_row("" if i else f"[bold]{section}", name, str(value), end_section=i == len(rows) - 1)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

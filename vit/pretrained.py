@@ -1,0 +1,331 @@
+"""Trained weights as our model, be they timm's or our own, and fitted to new data.
+
+A timm model is translated by looking at its modules, not by its name: either everything in it has a counterpart here,
+and then all weights load strictly and the logits are equal, or it is refused with the reason (docs/timm.md lists both).
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
+from timm.models import adapt_input_conv
+from timm.models import vision_transformer as timm_vit
+from torch import Tensor, nn
+
+from vit.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from vit.model import VisionTransformer
+from vit.preprocess import Preprocess
+
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # by timm's class names
+REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # what timm.create_model takes beside the names of its registry
+# Of an architecture, what fine-tuning may change; everything else is the pretrained model's.
+ADAPTED = ("image_size", "in_chans", "num_classes", "patch_size", "drop_path_rate")
+
+
+class Unsupported(CheckpointError):
+    """A model that does something ours does not."""
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
+    """A pretrained model, in eval mode with float32 weights, and what is known about it.
+
+    A backbone without a classifier has no class names, and a head of one zero output.
+
+    Args:
+        source: A file of ours (``model.safetensors``, ``.ckpt``); a folder as timm and the Hugging Face hub keep
+            (``config.json`` beside the weights); a timm name such as ``vit_small_patch16_224.augreg_in21k``, downloaded
+            by timm; ``hf-hub:OWNER/NAME``; or ``TIMM_NAME=FILE`` for a file of plain weights.
+
+    Raises:
+        CheckpointError: If there is no such thing, it cannot be read, or ours cannot compute what it computes.
+    """
+    text = str(source)
+    name, equals, file = text.partition("=")
+    if Path(source).is_dir():
+        if not Path(source, "config.json").is_file():
+            raise CheckpointError(f"{source}: a folder without a config.json; name the file in it")
+        model, about = _read(text, lambda **more: timm.create_model(f"local-dir:{text}", **more))
+        return model, _with_our_part(about, Path(source, "config.json"))
+    if Path(source).is_file():
+        try:
+            return load_checkpoint(source)
+        except CheckpointError as error:
+            if "written by another program" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{source}: plain weights do not say what model they are of; write TIMM_NAME={source}, or name the "
+                "folder with its config.json"
+            ) from error
+    if equals and timm.is_model(_architecture_name(name)):
+        if not Path(file).is_file():
+            raise CheckpointError(f"{file}: no such weights file")
+        return _read(text, lambda **more: timm.create_model(name, **more), file=file)
+    if text.startswith(REMOTE) or timm.is_model(_architecture_name(text)):
+        return _read(text, lambda **more: timm.create_model(text, **more))
+    raise CheckpointError(f"{source}: neither a file or folder nor the name of a timm model; timm.list_models('vit*')")
+
+
+def _architecture_name(name: str) -> str:
+    return name.partition(".")[0]  # what is behind the dot says on what it was trained
+
+
+def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tuple[VisionTransformer, Checkpoint]:
+    """Refuse what we do not support before anything is downloaded, then build it with its weights."""
+    try:
+        with torch.device("meta"):
+            architecture_of(create(pretrained=False))
+        overlay = {"pretrained_cfg_overlay": {"file": file, "custom_load": file.endswith(".npz")}} if file else {}
+        return from_timm(create(pretrained=True, **overlay))
+    except CheckpointError as error:
+        raise type(error)(f"{source}: {error}") from error
+    except Exception as error:  # no network, no such tag, a damaged file: each library has its own
+        raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def _with_our_part(about: Checkpoint, config: Path) -> Checkpoint:
+    """What ``vit.export`` wrote beside timm's own entries, if it was the writer."""
+    try:
+        ours = json.loads(config.read_text()).get("vit", {})
+        about = replace(about, **{name: ours[name] for name in ("temperature", "metrics", "training") if name in ours})
+        good = 0 < about.temperature < math.inf and all(isinstance(d, dict) for d in (about.metrics, about.training))
+    except Exception:
+        good = False
+    if not good:
+        raise CheckpointError(f"{config}: its entry 'vit' is damaged; without the entry the folder can be read")
+    return about
+
+
+def from_timm(theirs: nn.Module) -> tuple[VisionTransformer, Checkpoint]:
+    """Our model with a timm model's weights, shared and not copied, and its labels and preprocessing.
+
+    Args:
+        theirs: From ``timm.create_model``, on the CPU or without memory (``meta``).
+
+    Raises:
+        Unsupported: If it has a part that ours has not; the message says which.
+    """
+    architecture = architecture_of(theirs)
+    weights = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    headless = "head.weight" not in weights
+    if headless:
+        weights |= {"head.weight": torch.zeros(1, architecture["embed_dim"]), "head.bias": torch.zeros(1)}
+    with torch.device("meta"):  # no time for weights that are replaced
+        ours = VisionTransformer(**architecture)
+    ours.load_state_dict(weights, strict=True, assign=True)
+    about = Checkpoint(
+        architecture=ours.architecture,
+        class_names=() if headless else labels_of(theirs),
+        preprocess=preprocess_of(theirs, ours.image_size),
+        training={"pretrained": _tagged_name(theirs)},
+    )
+    return ours.eval().requires_grad_(True), about
+
+
+def _tagged_name(theirs: nn.Module) -> str:
+    config: dict[str, Any] = getattr(theirs, "pretrained_cfg", None) or {}
+    return ".".join(part for part in (config.get("architecture"), config.get("tag")) if part)
+
+
+# ---- translating a timm model --------------------------------------------------------------------------------------
+
+
+def architecture_of(theirs: nn.Module) -> dict[str, Any]:
+    """Arguments with which our model computes what timm's does.
+
+    Args:
+        theirs: A timm model.
+
+    Raises:
+        Unsupported: With what it has that ours has not.
+    """
+    if getattr(theirs, "rope", None) is not None:
+        raise Unsupported("rotary position embedding (RoPE)")
+    if type(theirs) is not timm_vit.VisionTransformer:
+        raise Unsupported(f"timm's class {type(theirs).__name__} instead of its VisionTransformer")
+    model: Any = theirs
+    block, embed = model.blocks[0], model.patch_embed
+    for reason, found in _foreign_parts(model, block):
+        if found:
+            raise Unsupported(reason)
+    embed_dim, hidden = model.embed_dim, block.mlp.fc1.out_features
+    return {
+        # Where sizes do not divide (384 by 14), timm leaves the last pixels out: the same for an image without them.
+        "image_size": tuple(g * p for g, p in zip(embed.grid_size, embed.patch_size, strict=True)),
+        "patch_size": tuple(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "num_classes": model.num_classes or 1,
+        "embed_dim": embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": next(r for r in (hidden / embed_dim, (hidden + 0.5) / embed_dim) if int(embed_dim * r) == hidden),
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "pool": "token" if model.global_pool == "token" else "mean",
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,  # a start; the weights replace it
+        "num_registers": model.num_reg_tokens,
+        "prefix_positions": not model.no_embed_class and model.num_prefix_tokens > 0,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "norm_after_pool": not isinstance(model.fc_norm, nn.Identity),
+        "act": ACTIVATIONS[type(block.mlp.act).__name__],
+        "norm_eps": block.norm1.eps,
+    }
+
+
+def _foreign_parts(model: Any, block: Any) -> Any:
+    """Pairs (what, whether the timm model has it) of all that ours lacks, one after the other; outer parts first."""
+    yield f"{type(block).__name__} instead of plain pre-norm blocks", type(block) is not timm_vit.Block
+    yield f"{type(block.attn).__name__} instead of plain attention", type(block.attn) is not Attention
+    yield f"{type(block.mlp).__name__} instead of a plain MLP", type(block.mlp) is not Mlp
+    yield f"{type(block.norm1).__name__} instead of LayerNorm", not isinstance(block.norm1, nn.LayerNorm)
+    yield (
+        "another norm inside the attention or the MLP",
+        not all(isinstance(norm, nn.Identity) for norm in (block.attn.norm, block.mlp.norm)),
+    )
+    yield "gated attention", block.attn.gate is not None
+    yield "heads that are not embed_dim / num_heads wide", block.attn.attn_dim != model.embed_dim
+    yield f"activation {type(block.mlp.act).__name__}", type(block.mlp.act).__name__ not in ACTIVATIONS
+    yield f"pooling by attention ({model.global_pool})", model.attn_pool is not None
+    yield f"pooling {model.global_pool!r}", model.global_pool not in ("token", "avg")
+    yield "a mean over patches beside a class token", model.has_class_token and model.global_pool == "avg"
+    yield "a mean that includes registers", model.pool_include_prefix
+    norms = [norm for norm in (model.norm, model.fc_norm) if not isinstance(norm, nn.Identity)]
+    yield f"{len(norms)} norms before the head instead of one", len(norms) != 1
+    yield "no position embedding", model.pos_embed is None
+    plain = type(model.patch_embed) is PatchEmbed and isinstance(model.patch_embed.norm, nn.Identity)
+    yield f"another patch embedding ({type(model.patch_embed).__name__})", not plain
+    pre_norm = not isinstance(model.norm_pre, nn.Identity)
+    yield "a patch embedding with unusual bias", (model.patch_embed.proj.bias is None) != pre_norm
+    yield "a linear map without bias", block.attn.proj.bias is None or block.mlp.fc1.bias is None
+    yield "norms of different epsilon", len({m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}) > 1
+
+
+def preprocess_of(theirs: nn.Module, image_size: tuple[int, int]) -> Preprocess:
+    """The eval-time transform of a timm model, as near as ours comes: always the centre, never squashed."""
+    config = resolve_data_config({}, model=theirs)
+    filters = {name.lower() for name in Image.Resampling.__members__}
+    return Preprocess(
+        image_size=image_size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"] if config["interpolation"] in filters else "bicubic",
+        crop=min(1.0, config["crop_pct"]),
+    )
+
+
+def labels_of(theirs: Any) -> tuple[str, ...]:
+    """Names of a timm model's classes: those it carries, ImageNet's by the number of classes, or else numbers."""
+    count, config = theirs.num_classes, getattr(theirs, "pretrained_cfg", None) or {}
+    carried = config.get("label_names")
+    if carried and len(carried) == count:
+        names = [carried[str(i)] for i in range(count)] if isinstance(carried, dict) else list(carried)
+        described = config.get("label_descriptions") or {}
+    elif subset := infer_imagenet_subset(theirs):
+        info = ImageNetInfo(subset)
+        names = info.label_names()
+        described = {name: info.label_name_to_description(name) for name in names}
+    else:
+        return tuple(str(i) for i in range(count))
+    texts = [str(described.get(name, name)) for name in names]
+    often = Counter(texts)  # a label must name one class: ImageNet has two kinds of crane
+    return tuple(text if often[text] == 1 else f"{text} ({name})" for text, name in zip(texts, names, strict=True))
+
+
+# ---- fitting it to new data ----------------------------------------------------------------------------------------
+
+
+def start_from(
+    source: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    **asked: Any,
+) -> tuple[VisionTransformer, list[str]]:
+    """A model for new data with the weights of an old one, and what had to be changed, in words.
+
+    Args:
+        source: What ``load_pretrained`` takes.
+        image_size: Height and width of the new images, in pixels.
+        class_names: Names of the new classes; the head is kept only if they are the old ones.
+        mean: Mean of each channel of the new images, of values in [0, 1].
+        std: Standard deviation of each channel of the new images, of values in [0, 1].
+        asked: Arguments of VisionTransformer; a patch_size other than the old one resamples the patch embedding.
+
+    Raises:
+        CheckpointError: As ``load_pretrained``, and if the weights cannot be fitted to what is asked.
+    """
+    old, about = load_pretrained(source)
+    fresh = {"image_size": image_size, "in_chans": len(mean), "num_classes": len(class_names)}
+    for name, value in asked.items():
+        if name not in ADAPTED and name in old.architecture and value != old.architecture[name]:
+            raise CheckpointError(f"{source}: has {name} {old.architecture[name]}, not {value}; leave model.{name} out")
+    kept = {name: value for name, value in asked.items() if name in ADAPTED}
+    new = VisionTransformer(**{**old.architecture, **kept, **fresh})
+    weights, notes = dict(old.state_dict()), []
+
+    if new.patch_size != old.patch_size or new.in_chans != old.in_chans:
+        notes += _fit_patches(weights, old, new, source)
+    if folded := _fit_normalisation(weights, about.preprocess, mean, std):
+        notes.append(folded)
+    if new.grid_size != old.grid_size:
+        weights["pos_embed"] = old.positions(new.grid_size)
+        notes.append(f"position embedding resampled from {_by(old.grid_size)} to {_by(new.grid_size)} patches")
+    if tuple(class_names) != about.class_names:
+        weights |= {name: new.state_dict()[name] for name in ("head.weight", "head.bias")}
+        notes.append(f"head replaced: {len(about.class_names)} classes before, {len(class_names)} now")
+    new.load_state_dict(weights, strict=True)
+    return new, notes
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _fit_patches(
+    weights: dict[str, Tensor], old: VisionTransformer, new: VisionTransformer, source: str | Path
+) -> list[str]:
+    """Adapt the first convolution to another number of channels and, if it is the whole stem, to another patch size."""
+    notes = []
+    first = "patch_embed.proj.weight" if "patch_embed.proj.weight" in weights else "patch_embed.proj.0.weight"
+    if new.patch_size != old.patch_size:
+        if old.architecture["stem"] != "linear":
+            raise CheckpointError(f"{source}: a convolutional stem keeps its patch size {_by(old.patch_size)}")
+        weights[first] = resample_patch_embed(weights[first], list(new.patch_size))
+        notes.append(f"patch embedding resampled from {_by(old.patch_size)} to {_by(new.patch_size)} pixels")
+    if new.in_chans != old.in_chans:
+        weights[first] = adapt_input_conv(new.in_chans, weights[first], base_chans=old.in_chans)
+        notes.append(f"patch embedding adapted from {old.in_chans} to {new.in_chans} channels")
+    return notes
+
+
+def _fit_normalisation(
+    weights: dict[str, Tensor], before: Preprocess, mean: Sequence[float], std: Sequence[float]
+) -> str:
+    """Make the patch embedding see new images as it saw the old: the other mean and std become part of it, exactly.
+
+    Where the stem has no bias to take up the mean, or pads with zeros, nothing is done.
+    """
+    same = tuple(mean) == before.mean and tuple(std) == before.std
+    if same or len(mean) != len(before.mean) or "patch_embed.proj.bias" not in weights:
+        return ""
+    weight = weights["patch_embed.proj.weight"].double()
+    m0, s0, m1, s1 = (torch.tensor(v).double().view(1, -1, 1, 1) for v in (before.mean, before.std, mean, std))
+    bias = weights["patch_embed.proj.bias"].double() + (weight * (m1 - m0) / s0).sum((1, 2, 3))
+    weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"] = (weight * s1 / s0).float(), bias.float()
+    return "mean and std of the new images folded into the patch embedding"
