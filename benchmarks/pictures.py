@@ -1,7 +1,7 @@
 """The pictures of the README: ``python -m benchmarks.pictures``.
 
-Four photographs that come with scikit-image and sixteen CIFAR-10 test images, with the shipped weights. Which sixteen is
-decided by their number alone: every class's 1st image, then the 2nd of six classes, as the files are sorted.
+Four photographs that come with scikit-image and sixteen CIFAR-10 test images, with the shipped weights. Which sixteen
+is decided by their number alone: every class's 1st image, then the 2nd of six classes, as the files are sorted.
 """
 
 import argparse

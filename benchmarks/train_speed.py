@@ -111,13 +111,13 @@ def main() -> None:
     stages = [*cli.model.resolution, (1.0, 1.0)]
     rows, minutes, previous = [], 0.0, 0.0
     cli.datamodule.setup()
+    a = cli.model.vit.architecture
     per_epoch = len(cli.datamodule.train) // batch
     total = per_epoch * cli.config.trainer.max_epochs
     for until, factor in stages:
         side = tuple(round(s * factor) for s in size)
         images = torch.randn(batch, cli.model.vit.in_chans, *side, device=device)
         labels = torch.randint(cli.model.vit.num_classes, (batch,), device=device)
-        a = cli.model.vit.architecture
 
         def ours(images: Tensor = images, labels: Tensor = labels) -> float:
             model = ViTClassifier(**cli.model.hparams).vit.to(device)
