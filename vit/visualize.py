@@ -142,13 +142,15 @@ def contact_sheet(
     gap = size // 12
     width, height = max(p.width for p in panels), max(p.height for p in panels)
     columns = min(len(panels), columns or max(1, round((len(panels) * height / width) ** 0.5 + 0.25)))
-    rows = -(-len(panels) // columns)
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(p.height for p in row) for row in rows]
     top = 3 * gap if title else gap
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + top), PAPER)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + len(rows) * gap + top), PAPER)
     if title:
         ImageDraw.Draw(sheet).text((gap, top // 2), title, fill=INK, font=font(gap), anchor="lm")
-    for i, panel in enumerate(panels):
-        left, row = gap + (i % columns) * (width + gap), i // columns
-        # Images of other shapes stand on one line, captions side by side.
-        sheet.paste(panel, (left + (width - panel.width) // 2, top + row * (height + gap) + height - panel.height))
+    for row, height in zip(rows, heights, strict=True):
+        for i, panel in enumerate(row):  # images of other shapes stand on one line, captions side by side
+            left = gap + i * (width + gap) + (width - panel.width) // 2
+            sheet.paste(panel, (left, top + height - panel.height))
+        top += height + gap
     return sheet
