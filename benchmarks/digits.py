@@ -9,17 +9,26 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import predict
 import train
 from benchmarks.record import record
-from data.sources import Source, load_source
+from data.sources import Source, Split, load_source
+from vit.checkpoint import load_checkpoint
 
 CONFIG = "configs/digits.yaml"
 SHOWN = 40  # held-out digits that are written as image files and classified by predict.py
+
+
+def pixels(split: Split) -> Tensor:
+    """The images (N, 1, 8, 8), uint8; digits are always in memory."""
+    assert isinstance(split.images, Tensor)
+    return split.images
 
 
 def classics(source: Source) -> dict[str, float]:
@@ -30,7 +39,7 @@ def classics(source: Source) -> dict[str, float]:
     from sklearn.svm import SVC
 
     assert source.test is not None
-    train_x, test_x = (split.images[:].flatten(1).numpy() for split in (source.train, source.test))
+    train_x, test_x = (pixels(split).flatten(1).numpy() for split in (source.train, source.test))
     models = {
         "logistic regression": make_pipeline(MaxAbsScaler(), LogisticRegression(max_iter=2000)),
         "SVM, RBF kernel": make_pipeline(MaxAbsScaler(), SVC(gamma="scale")),
@@ -43,10 +52,6 @@ def classics(source: Source) -> dict[str, float]:
 
 def fit(seed: int, folder: Path) -> tuple[float, float]:
     """Train with one seed; test accuracy of the best weights and seconds of training."""
-    import torch
-
-    from vit.checkpoint import load_checkpoint
-
     started = time.perf_counter()
     common = ["--config", CONFIG, "--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)]
     if code := train.main(["fit", *common]):
@@ -56,7 +61,7 @@ def fit(seed: int, folder: Path) -> tuple[float, float]:
     test = load_source("digits").test
     assert test is not None
     with torch.inference_mode():
-        predicted = model(about.preprocess.normalize(test.images[:])).argmax(1)
+        predicted = model(about.preprocess.normalize(pixels(test))).argmax(1)
     return float((predicted == test.labels).float().mean()), seconds
 
 
@@ -66,7 +71,7 @@ def write_digits(source: Source, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(SHOWN):
         label = source.class_names[int(source.test.labels[i])]
-        Image.fromarray(source.test.images[i, 0].numpy()).save(folder / f"{i:03d}_is_{label}.png")
+        Image.fromarray(pixels(source.test)[i, 0].numpy()).save(folder / f"{i:03d}_is_{label}.png")
 
 
 def main() -> int:

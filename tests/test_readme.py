@@ -20,6 +20,8 @@ def commands(script: str) -> list[list[str]]:
     """Arguments of every call of a script in the README's blocks, comments and line ends with a backslash removed."""
     found = []
     for line in "\n".join(BLOCKS).replace("\\\n", " ").splitlines():
+        if not re.match(r"(find .* )?(\S*python|torchrun) ", line):
+            continue
         words = shlex.split(line, comments=True)
         for i, word in enumerate(words):
             if (word == script and i and "python" in words[i - 1]) or (word == script and "torchrun" in words):
