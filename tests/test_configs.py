@@ -44,6 +44,8 @@ def test_trains_a_step(path, tmp_path):
             *(f"--config={file}" for file in files),
             "--data.dataset=digits",
             "--data.batch_size=8",
+            "--data.image_size=null",  # the digits' own 8x8 pixels, which half of would be less than a patch
+            "--model.resolution=[]",
             "--trainer.fast_dev_run=1",
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.accelerator=cpu",

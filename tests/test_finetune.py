@@ -13,6 +13,7 @@ from vit.model import VisionTransformer
 from vit.optim import build_optimizer
 from vit.preprocess import Preprocess
 
+CONFIG = str(Path(__file__).parent.parent / "configs" / "finetune.yaml")
 SIZES: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
@@ -80,7 +81,7 @@ def test_linear_probe_from_the_command_line(pretrained, tmp_path, capsys):
     status = train.main(
         [
             "fit",
-            *("--config", "configs/finetune.yaml", "--model.pretrained", str(pretrained), "--model.freeze", "true"),
+            *("--config", CONFIG, "--model.pretrained", str(pretrained), "--model.freeze", "true"),
             *("--data.dataset", "digits", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"),
             *("--trainer.default_root_dir", str(run), "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
             *("--trainer.enable_progress_bar", "false"),
@@ -99,7 +100,7 @@ def test_linear_probe_from_the_command_line(pretrained, tmp_path, capsys):
 
 
 def test_unusable_start_is_one_line(tmp_path, capsys):
-    arguments = ["fit", "--config", "configs/finetune.yaml", "--data.dataset", "digits"]
+    arguments = ["fit", "--config", CONFIG, "--data.dataset", "digits"]
     assert train.main([*arguments, "--model.pretrained", "nonsense", "--trainer.default_root_dir", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "nonsense: neither a file or folder nor the name of a timm model" in line

@@ -241,9 +241,10 @@ def test_interrupted_before_training(tmp_path, monkeypatch, where):
     def interrupt(self: Guard, *arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(Guard, where, interrupt, raising=False)
     assert fit(tmp_path) == 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored: the process would end now
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored: the process would end now
 
 
 def test_slurm_requeues_after_the_step(tmp_path, at_step, monkeypatch):

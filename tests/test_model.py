@@ -252,7 +252,7 @@ def test_stochastic_depth_keeps_the_expectation():
 
 
 def test_stochastic_depth_grows_linearly():
-    rates = [getattr(block.drop_path, "p", 0.0) for block in small(drop_path_rate=0.3, depth=4).blocks]
+    rates = [getattr(block.drop_path, "rate", 0.0) for block in small(drop_path_rate=0.3, depth=4).blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 

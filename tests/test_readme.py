@@ -38,7 +38,8 @@ def test_predict_commands_parse(args: list[str]) -> None:
 @pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
 def test_train_commands_parse(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(TrainCLI, "before_instantiate_classes", _stop)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(TrainCLI, "_parse_ckpt_path", _stop)  # parsed by then, and nothing made yet
     with pytest.raises(StopIteration):
         TrainCLI(*_classes(), args=args, seed_everything_default=0, auto_configure_optimizers=False)
 

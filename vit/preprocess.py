@@ -26,7 +26,7 @@ SUFFIXES = frozenset(
 )
 MODES = {1: "L", 3: "RGB"}
 DRAFT_GAP = 2  # source pixels left for each target pixel when a JPEG is decoded at a reduced size
-LARGE = 16_000_000  # pixels; images above it are decoded one at a time, so that memory stays flat
+LARGE = 4_000_000  # pixels; images above it are decoded one at a time, so that memory stays flat
 
 # Pillow warns of odd metadata, which is not the user's concern. Said once for the process: a filter around each file
 # (warnings.catch_warnings) would be shared with every other thread.
