@@ -105,7 +105,10 @@ def test_damaged_part_of_ours_is_named(tmp_path):
 def exported(request, tmp_path_factory) -> tuple[VisionTransformer, Checkpoint, Path, dict[str, float]]:
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    model, about = made(**VARIANTS[request.param], **({"stem": "conv", "drop_path_rate": 0.1} if request.param.startswith("mean") else {}))
+    model, about = made(
+        **VARIANTS[request.param],
+        **({"stem": "conv", "drop_path_rate": 0.1} if request.param.startswith("mean") else {}),
+    )
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     return model, about, path, export.export_onnx(model, about, path)
 

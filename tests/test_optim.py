@@ -12,7 +12,7 @@ from vit.model import VisionTransformer
 from vit.optim import build_optimizer, learning_rate, parameter_groups
 
 HIDDEN = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight"
-WEIGHTS = r"(patch_embed\.proj(\.[02])?|head)\.weight"
+WEIGHTS = r"(patch_embed\.proj(\.[036])?|head)\.weight"
 REST = r".*\.bias|.*norm\d?\.weight|patch_embed\.proj\.[14]\.weight|.*\.gamma|pos_embed|cls_token|reg_token"
 VARIANTS = [
     {"pool": "token", "stem": "linear", "num_registers": 3, "init_values": 0.1},
