@@ -72,3 +72,11 @@ def test_files_and_pictures_exist() -> None:
 
 def result(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_figures_are_the_measured_ones() -> None:
+    digits = result("digits")
+    shown = [row["test_accuracy"] for row in digits["rows"]] + [min(digits["seeds"]), max(digits["seeds"])]
+    assert all(f"{value:.1%}" in README for value in shown)
+    rows = {row["what"]: row["value"] for row in result("cifar10")["rows"]}
+    assert all(f"{rows[what]:.2%}" in README for what in ("accuracy", "accuracy, flip averaged"))
