@@ -65,12 +65,14 @@ def of_captum(model: VisionTransformer) -> dict[str, Maker]:
 
     def attribute(method: object, images: Tensor, **options: int) -> Tensor:
         target = model(images).argmax(1)
-        return by_patch(model, method.attribute(images, target=target, **options).sum(1).detach())  # pyright: ignore
+        return by_patch(
+            model, method.attribute(images.clone().requires_grad_(), target=target, **options).sum(1).detach()
+        )  # pyright: ignore
 
     return {
         "captum input x gradient": partial(attribute, InputXGradient(model)),
         "captum integrated gradients": partial(
-            attribute, IntegratedGradients(model), n_steps=50, internal_batch_size=500
+            attribute, IntegratedGradients(model), n_steps=50, internal_batch_size=100
         ),
     }
 
