@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -63,11 +64,10 @@ def of_captum(model: VisionTransformer) -> dict[str, Maker]:
     """Captum's gradients on pixels, summed over a patch."""
     from captum.attr import InputXGradient, IntegratedGradients  # pyright: ignore[reportMissingImports]
 
-    def attribute(method: object, images: Tensor, **options: int) -> Tensor:
+    def attribute(method: Any, images: Tensor, **options: int) -> Tensor:
         target = model(images).argmax(1)
-        return by_patch(
-            model, method.attribute(images.clone().requires_grad_(), target=target, **options).sum(1).detach()
-        )  # pyright: ignore
+        pixels = method.attribute(images.clone().requires_grad_(), target=target, **options)
+        return by_patch(model, pixels.sum(1).detach())
 
     return {
         "captum input x gradient": partial(attribute, InputXGradient(model)),
