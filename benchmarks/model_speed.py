@@ -28,6 +28,10 @@ MODELS = {  # arguments of ours, batch
     "128/4 @32": (dict(image_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=2), 128),
     "192/4 @32": (dict(image_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3), 128),
     "384/4 @32": (dict(image_size=32, patch_size=4, embed_dim=384, depth=6, num_heads=6), 64),
+    "192/4 @32, mean pooled": (
+        dict(image_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, pool="mean"),
+        128,
+    ),
 }
 COLUMNS = ("model", "batch", "precision", "step", "ours", "timm", "ratio", "spread", "ours, math")
 
@@ -36,6 +40,8 @@ def two_of(arguments: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     """Our model and timm's with the same weights."""
     ours = VisionTransformer(**arguments)
     same = {k: v for k, v in arguments.items() if k != "image_size"}
+    if same.pop("pool", "token") == "mean":
+        same |= {"global_pool": "avg", "class_token": False}
     theirs = TimmVisionTransformer(img_size=arguments["image_size"], **same)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs

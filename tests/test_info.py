@@ -32,7 +32,8 @@ def test_flops_are_two_for_each_multiply_add(depth, embed_dim, size):
     n, d = (size // 16) ** 2 + 1, embed_dim
     patches = (n - 1) * 16 * 16 * 3 * d
     block = n * d * 3 * d + 2 * n * n * d + n * d * d + 2 * n * d * 4 * d  # qkv, scores and sum, projection, MLP
-    assert info.flops(model) == 2 * (patches + depth * block + d * 1000)
+    last = n * d * 3 * d + 2 * n * d + d * d + 2 * d * 4 * d  # of the last block only the class token is needed
+    assert info.flops(model) == 2 * (patches + (depth - 1) * block + last + d * 1000)
     assert info.flops(model, batch=3) == 3 * info.flops(model)
 
 

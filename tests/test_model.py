@@ -196,7 +196,9 @@ def test_forward_attention_equals_forward(arguments):
     logits, kept = model.forward_attention(x, lambda weights: weights)
     torch.testing.assert_close(logits, model(x), atol=1e-5, rtol=0)
     tokens = model.num_prefix_tokens + model.grid_size[0] * model.grid_size[1]
-    assert [weights.shape for weights in kept] == [(3, 4, tokens, tokens)] * 3
+    rows = 1 if model.pool == "token" else tokens
+    assert [weights.shape for weights in kept] == [(3, 4, tokens, tokens)] * 2 + [(3, 4, rows, tokens)]
+    torch.testing.assert_close(logits, model.forward_head(model.forward_features(x)), atol=1e-5, rtol=0)
 
 
 def test_forward_attention_keeps_what_it_is_asked_to_in_order():
@@ -206,7 +208,7 @@ def test_forward_attention_keeps_what_it_is_asked_to_in_order():
         _, means = model.forward_attention(x, lambda weights: weights.mean(1))
         tokens = model.embed(x)
         for block, mean in zip(model.blocks, means, strict=True):
-            torch.testing.assert_close(mean, block.attn.weights(block.norm1(tokens)).mean(1))
+            torch.testing.assert_close(mean, block.attn.weights(block.norm1(tokens)).mean(1)[:, : mean.shape[1]])
             tokens = block(tokens)
 
 

@@ -132,7 +132,7 @@ class Explained(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = (pixels.float() / 255 - self.mean) / self.std
         logits, matrices = self.model.forward_attention(images, fuse_heads)
-        start = pooling_weights(self.model, matrices[0].shape[-1])
+        start = pooling_weights(self.model, matrices[-1].shape[1])
         patches = rollout(matrices, start)[:, self.model.num_prefix_tokens :]
         grid = (patches / patches.sum(1, keepdim=True)).unflatten(1, self.model.grid_size)
         return logits, (logits / self.temperature).softmax(1), grid

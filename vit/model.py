@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6  # timm's, and the original's
-# Up to this many tokens the CPU trains faster with the weights held than with its fused kernel, whose backward pass is
-# slow (benchmarks/model_speed.py: 1.5 to 1.8 times for 64 tokens in bfloat16, level at 196, slower at 1369).
+# Up to this many tokens the CPU trains faster in bfloat16 with the weights held than with its fused kernel, whose
+# backward pass is slow there (1.5 to 1.8 times for 64 tokens, level at 196, slower at 1369); in float32 it never does.
 CPU_TRAIN_TOKENS = 512
 
 
@@ -78,20 +78,22 @@ class Attention(nn.Module):
         self.k_norm = LayerNorm(embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each head."""
+    def heads(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first tokens, or all, and keys and values of all tokens, for each head."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v  # (B, h, N, d) each
+        return self.q_norm(q[:, :, :first]), self.k_norm(k), v  # (B, h, first or N, d), (B, h, N, d) twice
 
     def merge(self, x: Tensor) -> Tensor:
         """Heads side by side again, through the output projection."""
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS:
-            return self.explain(x)[0]
-        q, k, v = self.heads(x)
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """What the first tokens, or all, take from all tokens: (B, first or N, D) from (B, N, D)."""
+        bits16 = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
+        if bits16 and x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS:
+            return self.explain(x, first)[0]
+        q, k, v = self.heads(x, first)
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
     def weights(self, x: Tensor) -> Tensor:
@@ -99,9 +101,9 @@ class Attention(nn.Module):
         q, k, _ = self.heads(x)
         return (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, N, N)
 
-    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward(x)`` and ``weights(x)``, with the output computed from those very weights."""
-        q, k, v = self.heads(x)
+    def explain(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
+        """``forward`` and its rows of ``weights``, with the output computed from those very weights."""
+        q, k, v = self.heads(x, first)
         weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
         return self.merge(weights.to(v.dtype) @ v), weights
 
@@ -195,14 +197,15 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(embed_dim, init_values)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """The first tokens, or all, after this block: (B, first or N, D) from (B, N, D)."""
+        x = x[:, :first] + self.drop_path(self.ls1(self.attn(self.norm1(x), first)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
-    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward(x)`` and the attention weights (B, h, N, N) it came from."""
-        attended, weights = self.attn.explain(self.norm1(x))
-        x = x + self.drop_path(self.ls1(attended))
+    def explain(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
+        """``forward`` and the attention weights (B, h, first or N, N) it came from."""
+        attended, weights = self.attn.explain(self.norm1(x), first)
+        x = x[:, :first] + self.drop_path(self.ls1(attended))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), weights
 
 
@@ -375,8 +378,13 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return self.norm(x)
 
+    @property
+    def num_read(self) -> int | None:
+        """How many tokens, the first, the head reads; none for all. The last block need not compute the others."""
+        return 1 if self.pool == "token" else None
+
     def forward_head(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) from the tokens that ``forward_features`` returns."""
+        """Logits (B, num_classes) from the tokens that ``forward_features`` returns, or those the head reads."""
         pooled = x[:, 0] if self.pool == "token" else x[:, self.num_prefix_tokens :].mean(1)
         return self.head(self.fc_norm(pooled))
 
@@ -386,16 +394,21 @@ class VisionTransformer(nn.Module):
         H and W may differ from ``image_size`` if they are multiples of the patch size: the position embedding is
         resampled.
         """
-        return self.forward_head(self.forward_features(images))
+        x = self.embed(images)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return self.forward_head(self.norm(last(x, self.num_read)))
 
     def forward_attention(self, images: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and what ``keep`` makes of each block's attention weights (B, h, N, N), first block first.
 
+        Of the last block there are only the rows that the head reads: one for a class token, (B, h, 1, N).
         Blocks are reduced as they go by (heads fused, say), so that at no time more than one block's heads are held.
         The logits come from these very weights: gradients of logits with respect to them are defined.
         """
         x, kept = self.embed(images), []
-        for block in self.blocks:
-            x, weights = block.explain(x)
+        for i, block in enumerate(self.blocks, 1):
+            x, weights = block.explain(x, self.num_read if i == len(self.blocks) else None)
             kept.append(keep(weights))
         return self.forward_head(self.norm(x)), kept

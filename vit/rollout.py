@@ -2,7 +2,8 @@
 
 The arithmetic is in pure functions of attention weights; ``attention_map`` runs a model and calls them. Only the pooled
 row of the products of N x N matrices is ever needed, so a row is propagated from the last layer down: O(L N^2) and
-exact, where full matrices cost O(L N^3).
+exact, where full matrices cost O(L N^3). Of the last layer's matrix only the rows that are pooled are needed, R of N,
+the first: one for a class token, all for mean pooling.
 
 Sources: rollout, Abnar & Zuidema 2020 (2005.00928); relevance, Chefer et al. 2021 (2103.15679); LeGrad, Bousselham et
 al. 2024 (2404.03214); AttnLRP, Achtibat et al. 2024 (2402.05602).
@@ -31,12 +32,12 @@ def rollout(attentions: Sequence[Tensor], start: Tensor) -> Tensor:
     """Rollout of one row: start Â_L … Â_1 with Â = ½A + ½I, where the identity stands for the residual branch.
 
     Args:
-        attentions: Heads fused, rows summing to 1, (B, N, N) a layer, first layer first.
-        start: Weight of each token in what is classified, (N,) or (B, N).
+        attentions: Heads fused, rows summing to 1, (B, N, N) a layer, first layer first; the last may be (B, R, N).
+        start: Weight of each of the last layer's rows in what is classified, (R,) or (B, R).
     """
     row = start.to(attentions[-1].dtype).expand(attentions[-1].shape[:2])
     for attention in reversed(attentions):
-        row = (row + _times(row, attention)) / 2
+        row = (_widened(row, attention) + _times(row, attention)) / 2
     return row  # (B, N)
 
 
@@ -47,18 +48,19 @@ def relevance(attentions: Sequence[Tensor], start: Tensor) -> Tensor:
     excess over it is propagated, because a difference of near-equal numbers would lose it.
 
     Args:
-        attentions: Mean over heads of (gradient x attention)⁺, (B, N, N) a layer, first layer first.
-        start: Weight of each token in what is classified, (N,) or (B, N).
+        attentions: Mean over heads of (gradient x attention)⁺, (B, N, N) a layer, first layer first; the last may be
+            (B, R, N).
+        start: Weight of each of the last layer's rows in what is classified, (R,) or (B, R).
     """
     start = start.to(attentions[-1].dtype).expand(attentions[-1].shape[:2])
     excess = torch.zeros_like(start)
     for attention in reversed(attentions):
-        excess = excess + _times(start + excess, attention)
+        excess, start = _widened(excess, attention) + _times(start + excess, attention), _widened(start, attention)
     return excess  # (B, N)
 
 
 def fuse_heads(weights: Tensor, how: str = "mean") -> Tensor:
-    """One matrix (B, N, N) from the heads (B, h, N, N), in at least float32, rows summing to 1.
+    """One matrix (B, R, N) from the heads (B, h, R, N), in at least float32, rows summing to 1.
 
     Args:
         weights: Attention weights of a layer.
@@ -75,20 +77,25 @@ def discard_lowest(attention: Tensor, ratio: float, protect: int | None = None) 
     """The matrix of each image without its lowest weights; rows sum to 1 again, an emptied row keeps its own token.
 
     Args:
-        attention: Heads fused, (B, N, N).
-        ratio: Share of the N² weights to discard, in [0, 1).
+        attention: Heads fused, (B, N, N); (B, R, N) for the first R rows.
+        ratio: Share of the weights to discard, in [0, 1).
         protect: Token whose column is never discarded: the class token.
     """
-    B, N, _ = attention.shape
-    lowest = int(ratio * N * N)
+    B, R, N = attention.shape
+    lowest = int(ratio * R * N)
     if not lowest:
         return attention
     keep = attention > attention.flatten(1).kthvalue(lowest).values.view(B, 1, 1)
     if protect is not None:
         keep[:, :, protect] = True
     kept = attention * keep
-    kept = kept + torch.eye(N, dtype=kept.dtype, device=kept.device) * (kept.sum(-1, keepdim=True) == 0)
+    kept = kept + torch.eye(R, N, dtype=kept.dtype, device=kept.device) * (kept.sum(-1, keepdim=True) == 0)
     return kept / kept.sum(-1, keepdim=True)
+
+
+def _widened(row: Tensor, matrix: Tensor) -> Tensor:
+    """The row (B, R) with zeros for the tokens that have no row in the matrix (B, R, N)."""
+    return F.pad(row, (0, matrix.shape[2] - matrix.shape[1]))  # (B, N)
 
 
 def _times(row: Tensor, matrix: Tensor) -> Tensor:
@@ -115,12 +122,12 @@ class Question:
         return (picked if self.against is None else picked - logits.gather(1, self.against[:, None])).sum()
 
     def matrix(self, weights: Tensor, protect: int | None) -> Tensor:
-        """One matrix (B, N, N) from the heads (B, h, N, N)."""
+        """One matrix (B, R, N) from the heads (B, h, R, N)."""
         return discard_lowest(fuse_heads(weights, self.fuse), self.discard, protect)
 
 
 def pooling_weights(model: VisionTransformer, tokens: int) -> Tensor:
-    """Weight of each token in what the model classifies, (N,): one-hot on the class token, or even over the patches."""
+    """Weight of each token in what is classified, (tokens,): one-hot on the class token, or even over the patches."""
     start = torch.zeros(tokens, device=model.pos_embed.device)
     start[0 if model.pool == "token" else slice(model.num_prefix_tokens, None)] = 1
     return start / start.sum()
@@ -130,7 +137,7 @@ def pooling_weights(model: VisionTransformer, tokens: int) -> Tensor:
 def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     protect = 0 if model.pool == "token" else None
     logits, matrices = model.forward_attention(images, lambda weights: ask.matrix(weights, protect))
-    return logits, rollout(matrices, pooling_weights(model, matrices[0].shape[-1]))
+    return logits, rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
 
 
 @torch.no_grad()
@@ -139,7 +146,7 @@ def _last(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tens
     x = model.embed(images)
     for block in blocks:
         x = block(x)
-    x, weights = last.explain(x)
+    x, weights = last.explain(x, model.num_read)
     matrix = ask.matrix(weights, 0 if model.pool == "token" else None)
     start = pooling_weights(model, x.shape[1]).to(matrix.dtype).expand(x.shape[:2])
     return model.forward_head(model.norm(x)), _times(start, matrix)
@@ -151,7 +158,7 @@ def _relevance(model: VisionTransformer, images: Tensor, ask: Question) -> tuple
     gradients = torch.autograd.grad(ask.score(logits), weights)
     with torch.no_grad():
         matrices = [fuse_heads((g * w).clamp_min(0)) for g, w in zip(gradients, weights, strict=True)]
-        return logits, relevance(matrices, pooling_weights(model, matrices[0].shape[-1]))
+        return logits, relevance(matrices, pooling_weights(model, matrices[-1].shape[1]))
 
 
 @torch.enable_grad()
@@ -174,8 +181,10 @@ def _legrad(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Te
 def _lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     with AttnLRP():
         tokens = x = model.embed(images)
-        for block in model.blocks:
+        *blocks, last = model.blocks
+        for block in blocks:
             x, _ = block.explain(x)
+        x, _ = last.explain(x, model.num_read)
         logits = model.forward_head(model.norm(x))
         (gradient,) = torch.autograd.grad(ask.score(logits), tokens)
     return logits, (tokens * gradient).sum(-1, dtype=torch.promote_types(tokens.dtype, torch.float32))
@@ -330,6 +339,10 @@ def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, T
         heads.append((start @ weights)[..., patches].float())  # (B, h, P)
         return fuse_heads(weights)[:, patches, patches]
 
-    logits, fused = model.forward_attention(images, keep)
-    mean = torch.stack(fused).mean(0)  # (B, P, P)
+    x = model.embed(images)
+    fused = []
+    for block in model.blocks:
+        x, weights = block.explain(x)
+        fused.append(keep(weights))
+    logits, mean = model.forward_head(model.norm(x)), torch.stack(fused).mean(0)  # (B, P, P)
     return logits, torch.stack(heads, 1).unflatten(-1, grid), mean.unflatten(2, grid).unflatten(1, grid)
