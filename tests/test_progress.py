@@ -2,6 +2,7 @@
 
 import re
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,3 +180,26 @@ def test_silence(clock, module, capsys, reason):
     train(progress, trainer, module, clock, epochs=2, seconds=10)
     assert lines(capsys) == []
     assert text(progress) == ""
+
+
+def test_the_end_is_drawn_and_says_where_the_result_lies(clock, module):
+    progress, trainer = watched(), trainer_of(max_epochs=2)
+    train(progress, trainer, module, clock, epochs=2, seconds=0.1)
+    assert re.search(r"epoch 2/2 .* 100%.* val acc 51.0%.* 0:00:00 left", text(progress).splitlines()[-1])
+    module.exported = Path("runs/x/model.safetensors"), SimpleNamespace(metrics={"val/acc": 0.512})
+    progress.teardown(trainer, module, "test")
+    assert "best weights" not in text(progress)
+    progress.teardown(trainer, module, "fit")
+    assert text(progress).splitlines()[-2:] == [
+        "best weights, val acc 51.2%: runs/x/model.safetensors",
+        "classify with them: python predict.py IMAGE --checkpoint runs/x/model.safetensors",
+    ]
+
+
+def test_a_run_that_left_nothing_says_nothing(clock, module):
+    progress, trainer = quiet(), trainer_of(max_epochs=2)
+    train(progress, trainer, module, clock, epochs=1, seconds=1)
+    module.exported = None
+    said = text(progress)
+    progress.teardown(trainer, module, "fit")
+    assert text(progress) == said

@@ -23,7 +23,7 @@ class TrainingProgress(ProgressBar):
         self.enabled = True
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self.loss = self.images = self.drawn = self.since = self.line = 0.0
+        self.loss = self.rate = self.images = self.drawn = self.since = self.line = 0.0
         self.unsaid = ""  # line of an epoch that came too soon after the last one
 
     def disable(self) -> None:
@@ -85,18 +85,17 @@ class TrainingProgress(ProgressBar):
             return
         loss = float(outputs["loss"])
         self.loss = loss if not self.loss else 0.9 * self.loss + 0.1 * loss
-        rate = self.images / max(now - self.drawn, 1e-9)
+        self.rate = self.images / max(now - self.drawn, 1e-9)
         self.drawn, self.images = now, 0.0
-        self._draw(trainer, rate)
+        self._draw(trainer)
 
-    def _draw(self, trainer: Trainer, rate: float | None = None) -> None:
+    def _draw(self, trainer: Trainer) -> None:
         assert self.bar is not None
         assert self.task is not None
         numbers = [f"loss {self.loss:.3f}"]
         if (accuracy := trainer.callback_metrics.get("val/acc")) is not None:
             numbers.append(f"val acc {float(accuracy):.1%}")
-        if rate is not None:
-            numbers.append(f"{rate:,.0f} images/s")
+        numbers.append(f"{self.rate:,.0f} images/s")
         self.bar.update(
             self.task,
             completed=trainer.global_step,
@@ -121,7 +120,21 @@ class TrainingProgress(ProgressBar):
             self.unsaid = ""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bar is not None:
+            self._draw(trainer)
         self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Where the result lies, how good it is, and what to do with it."""
+        exported = getattr(pl_module, "exported", None)
+        if not self.enabled or exported is None or stage != "fit":
+            return
+        path, about = exported
+        score = f", val acc {about.metrics['val/acc']:.1%}" if "val/acc" in about.metrics else ""
+        self.console.print(f"best weights{score}: {path}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"classify with them: python predict.py IMAGE --checkpoint {path}", highlight=False, soft_wrap=True
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
@@ -135,5 +148,6 @@ class TrainingProgress(ProgressBar):
 
 def epoch_of(trainer: Trainer) -> str:
     """Number of the present epoch, from 1, and of how many if that is known."""
-    epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-    return f"{trainer.current_epoch + 1}{epochs}"
+    if trainer.max_epochs and trainer.max_epochs > 0:  # at the end the count has gone on already
+        return f"{min(trainer.current_epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
+    return f"{trainer.current_epoch + 1}"
