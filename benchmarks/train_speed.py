@@ -1,64 +1,116 @@
-"""Images a second in training, at each resolution of a config: ``python -m benchmarks.train_speed --config FILE``.
+"""Images a second in training, four ways side by side: ``python -m benchmarks.train_speed --config FILE``.
 
-Three ways side by side, interleaved in one run: this project's run under Lightning (its data path and augmentation
-included), the same steps in a bare loop over one resident batch, and timm's model in such a loop with AdamW. Gives the
-minutes that the whole config takes on this machine.
+For each resolution of the config, in turns in one run: this project's run under Lightning, its data path and
+augmentation included; the same steps on the same data in a bare loop; our model and timm's on one batch that is always
+there. At full resolution also what people use today: timm's model in a bare loop, its images read by torchvision's
+ImageFolder and transforms in worker processes. Shows how long steps wait for data, what Lightning adds to a step, what
+share of the matrix products' speed, measured in the same run, a step reaches, and how many minutes the config takes.
+
+``--grow`` instead shows how it grows: image size (64 tokens each), batch, workers, processes.
 """
 
 import argparse
 import contextlib
+import json
+import logging
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from benchmarks.record import record
 from data.datamodule import ImageDataModule
 from train import TrainCLI
 from vit.classifier import ViTClassifier
+from vit.info import flops
 from vit.optim import build_optimizer
 
-WARMUP, STEPS = 3, 12  # steps of each turn
+WARMUP, STEPS = 4, 16  # steps of each turn
+
+
+@dataclass
+class Speed:
+    """Of one turn: median seconds of a step, and the share of all steps' time that was spent waiting for images."""
+
+    seconds: float
+    waiting: float
+
+    @classmethod
+    def of(cls, starts: list[float], ready: list[float]) -> "Speed":
+        """From the moments when steps began to ask for their images, and when they had them; one more start ends it."""
+        steps = [b - a for a, b in pairwise(starts)][WARMUP:]
+        waits = [b - a for a, b in zip(starts, ready, strict=False)][WARMUP : WARMUP + len(steps)]
+        return cls(statistics.median(steps), sum(waits) / sum(steps))
+
+
+def now(device: torch.device) -> float:
+    """The time when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Clock(Callback):
-    """Seconds of each step, from the end of one to the end of the next: waiting for data included."""
+    """When each step of a Lightning run asked for its images, and when it had them on the device."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, file: str | None = None) -> None:
+        self.file = file
+        self.starts: list[float] = []
+        self.ready: list[float] = []
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.starts.append(now(pl_module.device))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.ready.append(now(pl_module.device))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.starts.append(now(pl_module.device))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.file and trainer.is_global_zero:
+            Path(self.file).write_text(json.dumps(vars(self.speed)))
 
     @property
-    def seconds(self) -> float:
-        steps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(steps[WARMUP:])
+    def speed(self) -> Speed:
+        return Speed.of(self.starts, self.ready)
 
 
-def under_lightning(cli: TrainCLI, factor: float) -> float:
-    """Seconds of a step of the real run, held at one resolution."""
-    clock = Clock()
-    model = ViTClassifier(**{**cli.model.hparams, "resolution": [] if factor == 1 else [(1.0, factor)]})
-    kept = {name: cli.config.trainer[name] for name in ("accelerator", "devices", "precision", "gradient_clip_val")}
+def held_at(model: ViTClassifier, factor: float) -> ViTClassifier:
+    """The config's model, at one resolution throughout."""
+    arguments = {name: value for name, value in model.hparams.items() if name != "_instantiator"}  # LightningCLI's own
+    return ViTClassifier(**arguments | {"resolution": [] if factor == 1 else [(1.0, factor)]})
+
+
+def under_lightning(cli: Any, factor: float, file: str | None = None) -> Speed | None:
+    """The real run; of several processes the speed is in the file alone."""
+    clock = Clock(file)
+    names = ("accelerator", "devices", "strategy", "precision", "gradient_clip_val")
+    kept = {name: cli.config.trainer[name] for name in names}
     trainer = Trainer(
         **kept,
         callbacks=[clock],
         max_epochs=1,
-        limit_train_batches=WARMUP + STEPS + 1,
+        limit_train_batches=WARMUP + STEPS,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -67,27 +119,233 @@ def under_lightning(cli: TrainCLI, factor: float) -> float:
         use_distributed_sampler=False,
         default_root_dir=tempfile.gettempdir(),
     )
-    trainer.fit(model, cli.datamodule)
-    return clock.seconds
+    trainer.fit(held_at(cli.model, factor), cli.datamodule)
+    cli.datamodule.trainer = None
+    return clock.speed if clock.starts else None
 
 
-def bare(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, bf16: bool) -> float:
-    """Seconds of a step on one resident batch, with the same clipping."""
-    device = images.device.type
-    autocast = torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    times = []
+def loop(
+    batches: Iterator[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[Tensor], Tensor],
+    smoothing: float,
+    bf16: bool,
+) -> Speed:
+    """Training without any framework: the least that a step can take."""
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    starts, ready = [now(device)], []
+    model.train()
     for _ in range(WARMUP + STEPS):
-        start = time.perf_counter()
+        images, labels = next(batches)
+        ready.append(now(device))
         with autocast:
-            loss = F.cross_entropy(model(images).float(), labels)
+            loss = F.cross_entropy(step(images).float(), labels, label_smoothing=smoothing)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[WARMUP:])
+        starts.append(now(device))
+    return Speed.of(starts, ready)
+
+
+def same_batches(cli: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the run under Lightning trains on, from the same loader, augmented by the same code."""
+    module = cli.datamodule
+    for batch in module.train_dataloader():
+        images = module.preprocess.normalize(batch.images.to(device, non_blocking=True))
+        indices = batch.indices.to(device, non_blocking=True)
+        images = module.augment(images, seed=module.seed, epoch=batch.epoch, indices=indices)
+        yield images, batch.labels.to(device, non_blocking=True)
+
+
+def worker_batches(folder: Path, size: Any, batch: int, workers: int, device: torch.device) -> Iterator[Any]:
+    """The usual input pipeline: torchvision reads, crops, mirrors, recolours and erases image by image, in workers."""
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomCrop(size, padding=size[0] // 8),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.2, 0.2, 0.2),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.25] * 3),
+            v2.RandomErasing(0.3),
+        ]
+    )
+    images = torchvision.datasets.ImageFolder(str(folder), transform)
+    loader = DataLoader(images, batch, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
+    for pixels, labels in loader:
+        yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def timm_model(model: Any, side: tuple[int, int]) -> nn.Module:
+    """timm's model of the same size, with its own patch embedding: it has no convolutional stem."""
+    a = model.architecture
+    return TimmVisionTransformer(
+        img_size=side,
+        patch_size=a["patch_size"],
+        in_chans=model.in_chans,
+        num_classes=model.num_classes,
+        embed_dim=a["embed_dim"],
+        depth=a["depth"],
+        num_heads=a["num_heads"],
+        class_token=False,
+        global_pool="avg",
+        qk_norm=a["qk_norm"],
+        init_values=a["init_values"],
+        drop_path_rate=a["drop_path_rate"],
+    )
+
+
+def peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations a second of a square matrix product, median of ten."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(13):
+        start = now(device)
+        torch.mm(a, b)
+        times.append(now(device) - start)
+    return 2 * size**3 / statistics.median(times[3:])
+
+
+class Parts(TrainCLI):
+    """train.py's command line, for its model and data alone."""
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+
+def load(config: str, dataset: str, *more: str) -> Any:
+    """The config's model and data, without its trainer."""
+    cli = Parts(
+        ViTClassifier,
+        ImageDataModule,
+        args=["--config", config, "--data.dataset", dataset, "--trainer.logger=false", *more],
+        run=False,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+    )
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup()
+    return cli
+
+
+def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict[str, Any]], float]:
+    """One line for each resolution and way, and the minutes of the whole config."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = "bf16" in str(cli.config.trainer.precision)
+    top = peak(device, torch.bfloat16 if bf16 else torch.float32)
+    size, batch, smoothing = cli.datamodule.image_size, cli.datamodule.batch_size, cli.model.label_smoothing
+    total = len(cli.datamodule.train) // batch * cli.config.trainer.max_epochs
+    rows, minutes, previous = [], 0.0, 0.0
+    for until, factor in [*cli.model.resolution, (1.0, 1.0)]:
+        side = (round(size[0] * factor), round(size[1] * factor))
+        images = torch.randn(batch, cli.model.vit.in_chans, *side, device=device)
+        labels = torch.randint(cli.model.vit.num_classes, (batch,), device=device)
+
+        def ours(same_data: bool, factor: float = factor, images: Tensor = images, labels: Tensor = labels) -> Speed:
+            model = held_at(cli.model, factor).to(device)
+            optimizer = build_optimizer(model.vit, **model.optimizer)
+            if not same_data:
+                return loop(iter([(images, labels)] * 999), model, optimizer, model.vit, smoothing, bf16)
+
+            def step(images: Tensor) -> Tensor:
+                if factor != 1:
+                    images = F.interpolate(images, model.scaled(factor), mode="bilinear", antialias=True)
+                return model.vit(images)
+
+            return loop(same_batches(cli, device), model, optimizer, step, smoothing, bf16)
+
+        def timm(batches: Callable[[], Iterator[Any]], bf16: bool, side: tuple[int, int] = side) -> Speed:
+            model = timm_model(cli.model.vit, side).to(device)
+            return loop(batches(), model, torch.optim.AdamW(model.parameters(), fused=True), model, smoothing, bf16)
+
+        ways: dict[str, Callable[[], Any]] = {
+            "this project, under Lightning": lambda factor=factor: under_lightning(cli, factor),
+            "the same steps, bare loop": lambda ours=ours: ours(same_data=True),
+            "our model, one batch": lambda ours=ours: ours(same_data=False),
+            "timm's model, one batch": lambda timm=timm, i=images, y=labels: timm(lambda: iter([(i, y)] * 999), bf16),
+        }
+        if factor == 1 and Path(dataset).is_dir():
+            folder = Path(dataset) / "train"
+            for precision in {bf16, False}:
+                name = f"timm + torchvision, {workers} workers" + (", bf16" if precision else ", fp32")
+                ways[name] = lambda timm=timm, precision=precision, folder=folder: timm(
+                    lambda: worker_batches(folder, size, batch, workers, device), precision
+                )
+        taken: dict[str, list[Speed]] = {name: [] for name in ways}
+        for turn in range(turns):
+            for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+                taken[name].append(ways[name]())
+        first = [speed.seconds for speed in taken["this project, under Lightning"]]
+        minutes += (until - previous) * total * statistics.median(first) / 60
+        work = 3 * flops(held_at(cli.model, 1.0).vit) * (side[0] * side[1]) / (size[0] * size[1])
+        for name, speeds in taken.items():
+            rate = batch / statistics.median(speed.seconds for speed in speeds)
+            rows.append(
+                {
+                    "pixels": f"{side[0]}x{side[1]}",
+                    "share of steps": round(until - previous, 3),
+                    "way": name,
+                    "images/s": round(rate),
+                    "ours, times as fast": round(
+                        statistics.median(speed.seconds / mine for speed, mine in zip(speeds, first, strict=True)), 2
+                    ),
+                    "waiting for data": round(statistics.median(speed.waiting for speed in speeds), 3),
+                    "of matmul peak": round(rate * work / top, 3),
+                }
+            )
+        previous = until
+    return rows, minutes
+
+
+def quiet() -> None:
+    """Without the hints of Lightning that are for its users."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def one(config: str, dataset: str, setting: dict[str, int], file: str) -> float:
+    """Run the project at one setting, leave its speed in the file, and return the peak memory in GiB."""
+    quiet()
+    size, processes = setting["size"], setting["processes"]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    more = [f"--data.image_size={size}", f"--data.batch_size={setting['batch'] // processes}"]
+    more += [f"--data.num_workers={setting['workers']}", f"--model.patch_size={size // 8}", "--model.resolution=[]"]
+    cli = load(config, dataset, *more)
+    if processes > 1:
+        cli.config.trainer["devices"], cli.config.trainer["strategy"] = processes, "ddp_spawn"
+    under_lightning(cli, 1.0, file)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text()  # unlike getrusage it does not count what the parent held
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def growth(config: str, dataset: str) -> list[dict[str, Any]]:
+    """The run at other sizes, each in a process of its own, so that the peak memory is its own."""
+    usual = {"size": 32, "batch": 64, "workers": 2, "processes": 1}
+    settings = [usual | {"size": size} for size in (32, 64, 128, 224)]
+    settings += [usual | {"batch": batch} for batch in (128, 512)]
+    settings += [usual | {"size": 128, "workers": 1}, usual | {"processes": 2}]
+    rows = []
+    for setting in settings:
+        context = multiprocessing.get_context("spawn")
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=context) as process:
+            file = str(Path(folder, "speed.json"))
+            memory = process.submit(one, config, dataset, setting, file).result()
+            speed = Speed(**json.loads(Path(file).read_text()))
+        rows.append(setting | {"images/s": round(setting["batch"] / speed.seconds)})
+        rows[-1] |= {"waiting for data": round(speed.waiting, 3), "peak memory (GiB)": round(memory, 2)}
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    Console(width=140).print(table)
 
 
 def main() -> None:
@@ -95,72 +353,21 @@ def main() -> None:
     parser.add_argument("--config", default="configs/cifar10_cpu.yaml")
     parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="data set or folder")
     parser.add_argument("--turns", type=int, default=3, help="times that each is measured; the median counts")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    cli = TrainCLI(
-        ViTClassifier,
-        ImageDataModule,
-        args=["--config", args.config, "--data.dataset", args.data],
-        run=False,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = "bf16" in str(cli.config.trainer.precision)
-    size, batch = cli.datamodule.image_size, cli.datamodule.batch_size
-    stages = [*cli.model.resolution, (1.0, 1.0)]
-    rows, minutes, previous = [], 0.0, 0.0
-    cli.datamodule.setup()
-    a = cli.model.vit.architecture
-    per_epoch = len(cli.datamodule.train) // batch
-    total = per_epoch * cli.config.trainer.max_epochs
-    for until, factor in stages:
-        side = tuple(round(s * factor) for s in size)
-        images = torch.randn(batch, cli.model.vit.in_chans, *side, device=device)
-        labels = torch.randint(cli.model.vit.num_classes, (batch,), device=device)
-
-        def ours(images: Tensor = images, labels: Tensor = labels) -> float:
-            model = ViTClassifier(**cli.model.hparams).vit.to(device)
-            return bare(model, build_optimizer(model, **cli.model.optimizer), images, labels, bf16)
-
-        def timm(images: Tensor = images, labels: Tensor = labels, side: Any = side) -> float:
-            model = TimmVisionTransformer(
-                img_size=side,
-                patch_size=a["patch_size"],
-                in_chans=images.shape[1],
-                num_classes=cli.model.vit.num_classes,
-                embed_dim=a["embed_dim"],
-                depth=a["depth"],
-                num_heads=a["num_heads"],
-                class_token=False,
-                global_pool="avg",
-                qk_norm=a["qk_norm"],
-            ).to(device)
-            return bare(model, torch.optim.AdamW(model.parameters(), fused=True), images, labels, bf16)
-
-        ways: dict[str, Callable[[], float]] = {
-            "under Lightning": lambda factor=factor: under_lightning(cli, factor),
-            "bare loop": ours,
-            "timm, bare loop": timm,
-        }
-        turns: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(args.turns):
-            for name, way in ways.items():
-                turns[name].append(way())
-        seconds = {name: statistics.median(values) for name, values in turns.items()}
-        minutes += (until - previous) * total * seconds["under Lightning"] / 60
-        rows.append(
-            {"pixels": f"{side[0]}x{side[1]}", "share of steps": round(until - previous, 3)}
-            | {f"images/s, {name}": round(batch / value) for name, value in seconds.items()}
-        )
-        previous = until
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-    Console().print(table)
-    print(f"{total:,} steps of {batch} images: {minutes:.1f} minutes without validation")
-    written = record("train_speed", rows, config=args.config, batch=batch, steps=total, minutes=round(minutes, 1))
-    print(written)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of torchvision's pipeline")
+    parser.add_argument("--grow", action="store_true", help="other image sizes, batches, workers and processes")
+    options = parser.parse_args()
+    quiet()
+    if options.grow:
+        rows = growth(options.config, options.data)
+        show(rows)
+        print(record("train_growth", rows, config=options.config))
+        return
+    cli = load(options.config, options.data)
+    rows, minutes = compare(cli, options.data, options.turns, options.workers)
+    show(rows)
+    print(f"the whole config: {minutes:.1f} minutes without validation")
+    facts = {"config": options.config, "batch": cli.datamodule.batch_size, "turns": options.turns}
+    print(record("train_speed", rows, **facts, minutes=round(minutes, 1)))
 
 
 if __name__ == "__main__":
