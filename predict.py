@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     group = p.add_argument_group("maps")
     group.add_argument("--maps", metavar="DIR", help="a map for each image, in folders like theirs, and sheet.png")
     group.add_argument("--method", choices=METHODS, default="rollout", help="how maps are made [rollout]")
-    group.add_argument("--report", metavar="FILE.html", help="a page of the first 200 images with maps and scores")
+    group.add_argument("--report", metavar="FILE.html", help="a page: 200 images to look into, figures of each class")
 
     group = p.add_argument_group("speed")
     group.add_argument("--batch-size", metavar="N", type=positive, help="images computed at once [64; GPU 256]")
@@ -55,9 +55,13 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="bfloat16 moves scores by about 0.01, labels not [auto: bfloat16 if the hardware has it]",
+        help="bfloat16 moves scores by up to about 0.04, labels not [auto: bfloat16 if the hardware has it]",
     )
     group.add_argument("--workers", metavar="N", type=positive, help="threads that decode [one a core]")
+    group.add_argument(
+        "--engine", choices=("local", "ray"), default="local",
+        help="ray: --workers processes [one a GPU or core] of the cluster at RAY_ADDRESS, or of this machine [local]",
+    )  # fmt: skip
     group.add_argument(
         "--shard", metavar="I/N", type=shard, default=(1, 1), help="only every Nth batch, from the Ith on (1 to N)"
     )
@@ -109,6 +113,8 @@ def check(options: argparse.Namespace) -> None:
         error("--format parquet needs --out FILE")
     if options.format == "parquet" and not find_spec("pyarrow"):
         error("--format parquet needs pyarrow: pip install pyarrow")
+    if options.engine == "ray" and not (find_spec("ray") and find_spec("pyarrow")):
+        error("--engine ray needs ray: pip install 'ray[data]'")
     if options.resume and not (options.out and options.format in ("jsonl", "csv")):
         error("--resume needs --out FILE with --format jsonl or csv")
 

@@ -13,12 +13,13 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from data.datamodule import ImageDataModule
 from vit.checkpoint import load_checkpoint
 from vit.classifier import ViTClassifier
 from vit.guard import Diverged, Guard
+from vit.history import History
 from vit.progress import TrainingProgress
 from vit.saving import CheckpointFile
 
@@ -93,8 +94,8 @@ class TrainCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         kwargs["plugins"] = [*several(given["plugins"]), CheckpointFile()]
         if config["logger"] is None:
-            root, part = config["default_root_dir"], "" if self.subcommand == "fit" else self.subcommand
-            kwargs["logger"] = [kind(root, name="", version=part) for kind in (CSVLogger, TensorBoardLogger)]
+            root, part = config["default_root_dir"], "" if self.subcommand == "fit" else str(self.subcommand)
+            kwargs["logger"] = [History(Path(root, part)), TensorBoardLogger(root, name="", version=part)]
         if config["enable_progress_bar"] is not False:
             kwargs["callbacks"] = [*several(given["callbacks"]), TrainingProgress()]
         return super().instantiate_trainer(**kwargs)
@@ -126,6 +127,8 @@ def main(args: ArgsType = None) -> int:
         ".*LeafSpec.*is deprecated.*",  # Lightning's own affair
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # TrainOrder goes on where it stopped
         ".*The dirpath has changed.*",  # a checkpoint of another folder
+        ".*need to be provided during .Trainer.*ModelCheckpoint.*",  # it is there, with another monitor
+        ".*WeightAveraging callback with a model that overrides the configure_model.*",  # which shards only for FSDP
         ".*ckpt_path=.last..* is set, but there is no last checkpoint.*",  # a first run
     ):
         warnings.filterwarnings("ignore", text)

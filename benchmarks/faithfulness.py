@@ -1,35 +1,46 @@
 """Which maps are true: deletion and insertion over test images, ``python -m benchmarks.faithfulness --data FOLDER``.
 
 Every map answers for the predicted class of the same images, beside maps that know nothing of the model: random ones,
-and a bright centre, since that is where photographs have their subject. What others offer for the same model joins in
-where it is installed (``pip install captum grad-cam``). Intervals are 95 % over images; the images are spread evenly
-over the classes' sorted files.
+and a bright centre, since that is where photographs have their subject. ``deletion`` is the area under the probability
+as patches go, most relevant first; ``insertion`` that of the least relevant first, which shows the same images as
+putting the most relevant back; ``score`` is their difference, 0 in random order, and ``beside rollout`` the difference
+of two maps' scores on the same image. Intervals are 95 %, by bootstrap over images, which are spread evenly over the
+classes' sorted files.
+
+What others offer for the same model joins in where it is installed (``pip install captum grad-cam lxt
+'transformers<4.54'``; legrad-torch takes OpenCLIP's models only), and where Quantus is, the curves are compared with
+its PixelFlipping.
 """
 
 import argparse
+import copy
 import importlib.util
-import math
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.record import record
 from vit.checkpoint import load_checkpoint
-from vit.faithfulness import REMOVALS, faithfulness
-from vit.model import VisionTransformer
+from vit.faithfulness import REMOVALS, area, deletion_curve
+from vit.model import LayerNorm2d, VisionTransformer
 from vit.predictor import SHIPPED
 from vit.preprocess import open_image
 from vit.rollout import METHODS, attention_map
 
 Maker = Callable[[Tensor], Tensor]  # images (B, C, H, W) to maps (B, grid height, grid width)
-BATCH = 50
+BATCH = 64  # what a CPU's caches hold
+RESAMPLED = 2000  # times
 
 
 def by_patch(model: VisionTransformer, pixels: Tensor) -> Tensor:
@@ -51,11 +62,10 @@ def ignorant(model: VisionTransformer) -> dict[str, Maker]:
 
 
 def ours(model: VisionTransformer) -> dict[str, Maker]:
-    """Every method, and two other reductions of rollout."""
+    """Every method, and rollout as much used code has it."""
     makers: dict[str, Maker] = {
         name: lambda images, name=name: attention_map(model, images, method=name)[1] for name in METHODS
     }
-    makers["rollout, max of heads"] = lambda images: attention_map(model, images, fuse="max")[1]
     makers["rollout, 90 % discarded"] = lambda images: attention_map(model, images, discard=0.9)[1]
     return makers
 
@@ -72,7 +82,7 @@ def of_captum(model: VisionTransformer) -> dict[str, Maker]:
     return {
         "captum input x gradient": partial(attribute, InputXGradient(model)),
         "captum integrated gradients": partial(
-            attribute, IntegratedGradients(model), n_steps=50, internal_batch_size=100
+            attribute, IntegratedGradients(model), n_steps=50, internal_batch_size=BATCH
         ),
     }
 
@@ -95,7 +105,74 @@ def of_grad_cam(model: VisionTransformer) -> dict[str, Maker]:
     return {"grad-cam GradCAM": make}
 
 
-OTHERS = {"captum": of_captum, "pytorch_grad_cam": of_grad_cam}
+def of_lxt(model: VisionTransformer) -> dict[str, Maker]:
+    """lxt's AttnLRP: its own rules for norms, non-linearities and attention put into a copy of the model."""
+    from lxt.efficient.patches import layer_norm_forward  # pyright: ignore[reportMissingImports]
+    from lxt.efficient.rules import divide_gradient, identity_rule_implicit  # pyright: ignore[reportMissingImports]
+
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.forward = partial(identity_rule_implicit, module.forward)
+        elif isinstance(module, LayerNorm2d):
+            module.forward = partial(over_channels, MethodType(layer_norm_forward, module))
+        elif isinstance(module, nn.LayerNorm):
+            module.forward = MethodType(layer_norm_forward, module)
+    for block in model.blocks:
+        block.attn.heads = shared(block.attn.heads, lambda part, value: divide_gradient(value, 2 if part == 2 else 4))
+
+    def make(images: Tensor) -> Tensor:
+        images = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(images).amax(1).sum(), images)
+        return by_patch(model, (images * gradient).detach().sum(1))
+
+    return {"lxt AttnLRP": make}
+
+
+def over_channels(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The norm over the channels of each pixel of (B, C, H, W)."""
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def shared(heads: Callable[..., Any], rule: Callable[[int, Tensor], Tensor]) -> Callable[..., Any]:
+    """``heads`` with the rule applied to queries, keys and values (0, 1, 2)."""
+    return lambda *args: tuple(rule(part, value) for part, value in enumerate(heads(*args)))
+
+
+OTHERS = {"captum": of_captum, "pytorch_grad_cam": of_grad_cam, "lxt": of_lxt}
+
+
+def installed(model: VisionTransformer) -> dict[str, Maker]:
+    """Those of other libraries that are there."""
+    there = [of(model) for package, of in OTHERS.items() if importlib.util.find_spec(package)]
+    return {name: make for makers in there for name, make in makers.items()}
+
+
+def difference_to_quantus(model: VisionTransformer, images: Tensor) -> float:
+    """Largest difference between a point of our deletion curves and of Quantus's; images lose their mean colour first.
+
+    Quantus orders single values of a picture and blanks them with a number, so maps are spread over the pixels and the
+    number is the mean colour, 0.
+    """
+    import quantus  # pyright: ignore[reportMissingImports]
+
+    images = images - images.mean((2, 3), keepdim=True)
+    logits, maps = attention_map(model, images)
+    rows, columns = maps.shape[1:]
+    height, width = model.patch_size
+    spread = maps.repeat_interleave(height, 1).repeat_interleave(width, 2)[:, None].expand_as(images)
+    flipping = quantus.PixelFlipping(
+        features_in_step=height * width, perturb_baseline=0.0, abs=False, normalise=False, disable_warnings=True
+    )
+    given = {"x_batch": images.cpu().numpy(), "y_batch": logits.argmax(1).cpu().numpy()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = flipping(
+            model=model, a_batch=np.ascontiguousarray(spread.cpu()), device=str(images.device), softmax=True, **given
+        )
+    whole = np.array(theirs)[:, images.shape[1] - 1 :: images.shape[1]]  # a step blanks one channel of a patch
+    ours = deletion_curve(model, images, maps, steps=rows * columns)[:, 1:]
+    return float(np.abs(whole - ours.cpu().numpy()).max())
 
 
 def load(folder: Path, number: int) -> list[Path]:
@@ -106,9 +183,17 @@ def load(folder: Path, number: int) -> list[Path]:
     return [path for files in chosen for path in files][:number]
 
 
-def interval(values: Tensor) -> str:
-    """Mean and half of its 95 % interval."""
-    return f"{values.mean():.4f} ± {1.96 * values.std() / math.sqrt(len(values)):.4f}"
+def interval(values: Tensor) -> list[float]:
+    """Mean of values (B,) and the ends of its 95 % interval, by bootstrap."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (RESAMPLED, len(values)), generator=generator)
+    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [round(x, 4) for x in (float(values.mean()), low, high)]
+
+
+def shown(figures: list[float]) -> str:
+    mean, low, high = figures
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -116,35 +201,46 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CLASS/*.jpg, such as a test split")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8, help="steps from the whole image to none of it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(args)
     model, about = load_checkpoint(options.checkpoint)
     model.to(options.device)
-    pixels = [about.preprocess(open_image(path)) for path in load(options.data, options.images)]
+    pixels = [about.preprocess(open_image(path, about.preprocess.mode)) for path in load(options.data, options.images)]
     images = about.preprocess.normalize(torch.stack(pixels).to(options.device))
     with torch.inference_mode():
         target = torch.cat([model(part).argmax(1) for part in images.split(BATCH)])
-    makers = ignorant(model) | ours(model)
-    for package, of in OTHERS.items():
-        if importlib.util.find_spec(package):
-            makers |= of(model)
-    rows = []
-    table = Table("map", "remove", "deletion ↓", "insertion ↑", "score ↑", "ms an image")
-    for name, make in makers.items():
+    facts: dict[str, Any] = {"images": len(images), "steps": options.steps, "checkpoint": options.checkpoint.name}
+    if importlib.util.find_spec("quantus"):
+        facts["difference_to_quantus"] = difference_to_quantus(model, images[:: max(1, len(images) // 10)])
+    rows: list[dict[str, Any]] = []
+    scores: dict[tuple[str, str], Tensor] = {}
+    for name, make in (ignorant(model) | ours(model) | installed(model)).items():
+        make(images[:2])  # what libraries set up for themselves
         start = time.perf_counter()
         maps = torch.cat([make(part) for part in images.split(BATCH)])
         cost = 1000 * (time.perf_counter() - start) / len(images)
+        print(f"{name}: maps in {cost:.1f} ms an image", file=sys.stderr)
         for remove in REMOVALS:
-            generator = torch.Generator().manual_seed(0)
-            result = faithfulness(
-                model, images, maps, target=target, remove=remove, steps=options.steps, generator=generator
+            curves = (
+                deletion_curve(
+                    model, images, order, target=target, remove=remove, steps=options.steps, batch_size=BATCH
+                )
+                for order in (maps, -maps)
             )
-            texts = {key: interval(result[key]) for key in ("deletion", "insertion", "score")}
-            rows.append({"map": name, "remove": remove, **texts, "ms": round(cost, 2)})
-            table.add_row(name, remove, *texts.values(), f"{cost:.2f}")
-    Console(width=120).print(table)
-    facts = {"images": len(images), "steps": options.steps, "checkpoint": options.checkpoint.name}
+            deletion, insertion = (area(curve).cpu() for curve in curves)
+            scores[name, remove] = insertion - deletion
+            rows.append({
+                "map": name, "remove": remove, "deletion": interval(deletion), "insertion": interval(insertion),
+                "score": interval(insertion - deletion), "ms": round(cost, 2),
+            })  # fmt: skip
+    for row in rows:
+        row["beside_rollout"] = interval(scores[row["map"], row["remove"]] - scores["rollout", row["remove"]])
+    table = Table("map", "remove", "deletion ↓", "insertion ↑", "score ↑", "beside rollout", "ms an image")
+    for row in sorted(rows, key=lambda row: (row["remove"] != "mean", -row["score"][0])):
+        figures = (shown(row[key]) for key in ("deletion", "insertion", "score", "beside_rollout"))
+        table.add_row(row["map"], row["remove"], *figures, f"{row['ms']:.1f}")
+    Console(width=160).print(table)
     print(record("faithfulness", rows, **facts))
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "import torch": ["-c", "import torch"],
     "import timm": ["-c", "import timm"],
     "from vit import Predictor": ["-c", "from vit import Predictor"],
+    "predict.py, one image": ["predict.py", "docs/cifar10.png"],
     "train.py --help": ["train.py", "--help"],
 }
 
@@ -35,7 +36,7 @@ def main(args: list[str] | None = None) -> None:
     for turn in range(options.repeat + 1):
         for name, command in COMMANDS.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
             if turn:
                 times[name].append(time.perf_counter() - start)
     rows = [

@@ -97,8 +97,11 @@ class Clock(Callback):
 
 def held_at(model: ViTClassifier, factor: float) -> ViTClassifier:
     """The config's model, at one resolution throughout."""
-    arguments = {name: value for name, value in model.hparams.items() if name != "_instantiator"}  # LightningCLI's own
-    return ViTClassifier(**arguments | {"resolution": [] if factor == 1 else [(1.0, factor)]})
+    arguments: dict[str, Any] = {
+        name: value for name, value in model.hparams.items() if name != "_instantiator"
+    }  # LightningCLI's own
+    arguments["resolution"] = [] if factor == 1 else [(1.0, factor)]
+    return ViTClassifier(**arguments)
 
 
 def under_lightning(cli: Any, factor: float, file: str | None = None) -> Speed | None:

@@ -1,13 +1,17 @@
 """What pre-training gives: the same model on small real sets, from trained weights and from random ones.
 
-``python -m benchmarks.transfer`` trains both ways on two sets that come with scikit-image and scikit-learn, each with
-other images, another size and other classes than CIFAR-10, several seeds each, and writes benchmarks/results.
-``--pretrained`` is the start, by default the CIFAR-10 weights that come along.
+``python -m benchmarks.transfer`` trains both ways on sets with other images, another size and other classes than
+CIFAR-10, several seeds each, and writes benchmarks/results: two sets that come with scikit-image and scikit-learn, and
+with ``--fashion FOLDER`` Fashion-MNIST, whose files Debian's package dataset-fashion-mnist puts into
+/usr/share/datasets/fashion-mnist. ``--pretrained`` is the start, by default the CIFAR-10 weights that come along.
 """
 
 import argparse
+import gzip
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ from vit.predictor import SHIPPED, Predictor
 from vit.preprocess import ImageError
 from vit.pretrained import load_pretrained
 
-SHOTS = 20  # training images of each digit
+SHOTS = 20  # training images of each digit and each kind of clothes
+LONGER = 3  # times the epochs in the better of the two recipes
 
 
 def faces(folder: Path) -> int:
@@ -50,6 +55,18 @@ def digits(folder: Path) -> int:
     return 16
 
 
+def fashion(folder: Path, files: Path) -> int:
+    """Fashion-MNIST, grey, 28 x 28, ten kinds of clothes: the first of each to learn from, 200 of each to test on."""
+    for split, part in (("train", "train"), ("test", "t10k")):
+        images = np.frombuffer(gzip.decompress((files / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
+        labels = np.frombuffer(gzip.decompress((files / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:], np.uint8)
+        of_class = [np.flatnonzero(labels == label) for label in range(10)]
+        for label, where in enumerate(of_class):
+            for i in where[: SHOTS if split == "train" else 200]:
+                save(folder / split / str(label) / f"{i:05d}.png", images.reshape(-1, 28, 28)[i])
+    return 28
+
+
 def save(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).convert("RGB").save(path)
@@ -73,7 +90,8 @@ def fit(folder: Path, run: Path, size: int, seed: int, start: list[str], epochs:
             *("--data.dataset", str(folder), "--data.image_size", str(size), "--data.batch_size", "20"),
             *("--data.val_fraction", "0", "--data.root", str(folder.parent / "cache")),  # settings are not tuned here
             *("--trainer.default_root_dir", str(run), "--trainer.max_epochs", str(epochs)),
-            *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),
+            *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "bf16-mixed"),
+            *("--trainer.enable_progress_bar", "false"),
             *("--trainer.check_val_every_n_epoch", str(epochs), "--checkpoint.monitor", "null"),
         ]
     )
@@ -88,6 +106,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each kind (default: 5)")
     parser.add_argument("--epochs", type=int, default=30, help="of each training (default: 30)")
     parser.add_argument("--folder", type=Path, default=Path("runs/transfer"), help="where images and runs are written")
+    parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's four .gz files (default: leave it out)")
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     model, about = load_pretrained(args.pretrained)
@@ -100,18 +119,24 @@ def main() -> int:
     for name, value in architecture.items():
         text = list(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
         scratch += [f"--model.{name}", str(text)]
+    muon = ["--model.optimizer", "muon", "--model.muon_lr", "0.02", "--model.lr", "0.004"]
     ways = {
         "fine-tuned": ["--model.pretrained", args.pretrained],
+        f"fine-tuned, Muon, {LONGER} x the epochs": ["--model.pretrained", args.pretrained, *muon],
         "linear probe": ["--model.pretrained", args.pretrained, "--model.freeze", "true", "--model.lr", "0.01"],
-        "from scratch, same settings": [*scratch, "--model.layer_decay", "1"],
-        "from scratch, Muon": [*scratch, "--model.layer_decay", "1", "--model.optimizer", "muon"],
+        "from scratch": [*scratch, "--model.layer_decay", "1"],
+        f"from scratch, Muon, {LONGER} x the epochs": [*scratch, "--model.layer_decay", "1", *muon],
     }
     rows = []
-    for task, write in {"faces": faces, "digits": digits}.items():
+    tasks: dict[str, Callable[[Path], int]] = {"faces": faces, "digits": digits}
+    if args.fashion:
+        tasks["fashion"] = partial(fashion, files=args.fashion)
+    for task, write in tasks.items():
         size = write(args.folder / task)
         for way, start in ways.items():
+            epochs = args.epochs * (LONGER if "Muon" in way else 1)
             runs = [
-                fit(args.folder / task, args.folder / f"{task}_run", size, seed, start, args.epochs)
+                fit(args.folder / task, args.folder / f"{task}_run", size, seed, start, epochs)
                 for seed in range(args.seeds)
             ]
             accuracies = [found for found, _ in runs]

@@ -5,11 +5,21 @@ workers, ranks or micro-batches, and a resumed run sees the images that the unin
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+DRAWS = (
+    24  # random numbers for each image: 0-4 moves, 5 whether, 6-8 colours, 9-12 hole, 13-16 crop, 17-19 policy, 20 mix
+)
+CHANGES = (  # of which the policy draws one; the first is not drawn but stands for an image that gets none
+    *("none", "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
+    *("brightness", "color", "contrast", "sharpness", "posterize", "solarize", "autocontrast"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,15 @@ class Augment:
             turned nor zoomed, as both blur a little and the model shall see sharp images too.
         color: Largest change of brightness (in standard deviations), contrast and saturation (as shares), in [0, 1).
         erase: Probability that a square of up to half the side is blanked, in [0, 1] (1708.04552).
+        crop: Smallest part that a random crop keeps, as a share of the area in (0, 1]; its sides are stretched by up to
+            4/3 against each other, and it is resized to the whole image (1409.4842). 0.35 and above suit small sets.
+        policy: Probability of one change more, of random strength, drawn from ``CHANGES``, in [0, 1] (TrivialAugment,
+            2103.10158, without equalize).
+        mixup: Probability that an image is blended with another, in any proportion, and so its label, in [0, 1]
+            (1710.09412).
+        cutmix: Probability that a rectangle of any size comes from another image, in [0, 1] (1905.04899); with mixup at
+            most 1.
+        mix_until: Epoch from which images are neither blended nor pasted, so that the last ones are clean; none: never.
     """
 
     translate: float = 0.0
@@ -33,14 +52,69 @@ class Augment:
     scale: float = 0.0
     color: float = 0.0
     erase: float = 0.0
+    crop: float = 0.0
+    policy: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_until: int | None = None
+
+    def pixels(self, images: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+        """Images (B, C, H, W) of 0 to 255 with those changes that are about grey levels; before they are normalised."""
+        if not self.policy:
+            return images
+        change, strength = self.changes(uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS))
+        return change_levels(images.float(), change, strength)
+
+    def changes(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of each image's change in ``CHANGES`` (B,) and its strength in [-1, 1) (B,); 0 is none."""
+        change = 1 + (draws[:, 18] * (len(CHANGES) - 1)).long()
+        return torch.where(draws[:, 17] < self.policy, change, 0), 2 * draws[:, 19] - 1
+
+    def mix(
+        self, images: Tensor, labels: Tensor, *, classes: int, seed: int, epoch: int, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W), some mixed with the one before them in the batch, and labels that say so.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+            labels: Class numbers, int64 (B,).
+            classes: Number of classes.
+            seed: Seed of the run.
+            epoch: Passes over the data set before this one.
+            indices: Which images, int64 (B,).
+
+        Returns:
+            The images, and shares of the classes (B, classes) that add up to 1; or the labels as they are where nothing
+            is mixed in this epoch.
+        """
+        if not (self.mixup or self.cutmix) or (self.mix_until is not None and epoch >= self.mix_until):
+            return images, labels
+        which, share, y, x = uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS)[:, 20:].T
+        blend = torch.where(which < self.mixup, share, 1)
+        inside = (which >= self.mixup) & (which < self.mixup + self.cutmix)
+        side = (1 - share).sqrt() * inside  # of the rectangle, as a share of the image's; cut off at its borders
+        mask = rectangles(y, x, side / 2, images.shape[2:])
+        own = blend - mask.float().mean((1, 2))  # one of the two is at rest
+        shares = F.one_hot(labels, classes) * own[:, None]
+        shares = shares + F.one_hot(labels, classes).roll(1, 0) * (1 - own[:, None])
+        others = images.roll(1, 0)
+        blend = blend.to(images.dtype)[:, None, None, None]
+        return torch.where(mask[:, None], others, blend * images + (1 - blend) * others), shares
 
     def __call__(self, images: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
         """Augmented copies of normalised images (B, C, H, W), which are images ``indices`` (B,) of the data set."""
-        draws = uniform(seed=seed, epoch=epoch, indices=indices, count=13)
+        draws = uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS)
+        height, width = images.shape[2:]
+        moves = []  # what is written first acts on the image first
+        if self.crop:
+            moves.append(crops(draws[:, 13:17], self.crop))
+        if self.policy:
+            moves.append(change_places(*self.changes(draws), height, width))
         if self.translate or self.flip or self.rotate or self.scale:
             turned = torch.where(draws[:, 5:6] < 0.5, 0.5, draws[:, 1:3])  # 0.5: not at all
-            where = torch.cat([draws[:, :1], turned, draws[:, 3:5]], 1)
-            images = warp(images, self.matrices(where, images.shape[2], images.shape[3]))
+            moves.append(self.matrices(torch.cat([draws[:, :1], turned, draws[:, 3:5]], 1), height, width))
+        if moves:
+            images = warp(images, reduce(compose, moves))  # one resampling, however many moves
         if self.color:
             images = recolor(images, (2 * draws[:, 6:9] - 1) * self.color)
         if self.erase:
@@ -70,6 +144,74 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """One affine map (B, 2, 3) for two, from output to input coordinates: ``first`` acts on the image first."""
+    linear, shift = second[:, :, :2], second[:, :, 2:]
+    return torch.cat([first[:, :, :2] @ linear, first[:, :, :2] @ shift + first[:, :, 2:]], 2)
+
+
+def crops(draws: Tensor, smallest: float) -> Tensor:
+    """Affine maps (B, 2, 3) that enlarge a part of at least this share of the area, from uniform draws (B, 4)."""
+    area = smallest + (1 - smallest) * draws[:, 0]
+    stretch = ((2 * draws[:, 1] - 1) * (math.log(4 / 3) / 2)).exp()  # square root of width / height
+    sides = torch.stack([area.sqrt() * stretch, area.sqrt() / stretch], 1).clamp(max=1)  # shares of width and height
+    shifts = (2 * draws[:, 2:4] - 1) * (1 - sides)
+    return torch.cat([torch.diag_embed(sides), shifts[:, :, None]], 2)
+
+
+def change_places(change: Tensor, strength: Tensor, height: int, width: int) -> Tensor:
+    """Affine maps (B, 2, 3) of those ``CHANGES`` that move pixels; of the others they do nothing.
+
+    Args:
+        change: Number in ``CHANGES`` (B,).
+        strength: In [-1, 1] (B,).
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+    """
+
+    def amount(name: str, largest: float) -> Tensor:
+        return torch.where(change == CHANGES.index(name), strength * largest, 0)
+
+    angle = amount("rotate", math.radians(30))
+    cos, sin = angle.cos(), angle.sin()
+    rows = (
+        torch.stack([cos, (amount("shear_x", 0.3) - sin) * (height / width), amount("translate_x", 0.6)], 1),
+        torch.stack([(amount("shear_y", 0.3) + sin) * (width / height), cos, amount("translate_y", 0.6)], 1),
+    )
+    return torch.stack(rows, 1)  # 0.6 of the coordinates' -1 to 1 is 0.3 of a side
+
+
+def change_levels(images: Tensor, change: Tensor, strength: Tensor) -> Tensor:
+    """Images (B, C, H, W) of 0 to 255 after those ``CHANGES`` that are about grey levels; others leave them alone.
+
+    Args:
+        images: Images.
+        change: Number in ``CHANGES`` (B,).
+        strength: In [-1, 1] (B,).
+    """
+
+    def does(name: str) -> Tensor:
+        return (change == CHANGES.index(name))[:, None, None, None]
+
+    def factor(name: str) -> Tensor:  # 0.1 to 1.9, as in the paper
+        return torch.where(does(name), 1 + 0.9 * strength[:, None, None, None], 1)
+
+    size = strength.abs()[:, None, None, None]
+    grey = images.mean(1, keepdim=True)
+    middle = images.mean((1, 2, 3), keepdim=True)
+    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    for name, neutral in {"brightness": 0, "color": grey, "contrast": middle, "sharpness": smooth}.items():
+        images = torch.where(does(name), neutral + (images - neutral) * factor(name), images)
+    step = 2 ** (4 * size).round()  # 8 to 4 bits are left
+    images = torch.where(does("posterize"), (images / step).floor() * step, images)
+    images = torch.where(does("solarize") & (images >= 255 * (1 - size)), 255 - images, images)
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    images = torch.where(
+        does("autocontrast") & (high > low), (images - low) * (255 / (high - low).clamp(min=1)), images
+    )
+    return images.clamp(0, 255)
+
+
 def recolor(images: Tensor, changes: Tensor) -> Tensor:
     """Images (B, C, H, W) with brightness, contrast and saturation changed by (B, 3); 0 changes nothing."""
     brightness, contrast, saturation = changes.to(images.dtype).T[..., None, None, None]  # (B, 1, 1, 1) each
@@ -81,13 +223,24 @@ def recolor(images: Tensor, changes: Tensor) -> Tensor:
 
 def erase(images: Tensor, draws: Tensor, probability: float) -> Tensor:
     """Images (B, C, H, W), some with a square of up to half their side at the mean, 0, from uniform draws (B, 4)."""
-    height, width = images.shape[2:]
     half = draws[:, 1] / 4 * (draws[:, 0] < probability)  # of the square's side, as a share of the image's
+    return images.masked_fill(rectangles(draws[:, 2], draws[:, 3], half, images.shape[2:])[:, None], 0)
+
+
+def rectangles(y: Tensor, x: Tensor, half: Tensor, size: Sequence[int]) -> Tensor:
+    """Masks (B, H, W) of rectangles in the proportions of the image, cut off at its borders.
+
+    Args:
+        y: Centre, as a share of the height (B,).
+        x: Centre, as a share of the width (B,).
+        half: Half of the sides, as a share of the image's (B,).
+        size: Height and width in pixels.
+    """
     inside = []
-    for draw, size in ((draws[:, 2], height), (draws[:, 3], width)):
-        centres = (torch.arange(size, device=images.device) + 0.5) / size
-        inside.append((centres - draw[:, None]).abs() < half[:, None])  # (B, size)
-    return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+    for centre, side in ((y, size[0]), (x, size[1])):
+        places = (torch.arange(side, device=half.device) + 0.5) / side
+        inside.append((places - centre[:, None]).abs() < half[:, None])  # (B, side)
+    return inside[0][:, :, None] & inside[1][:, None, :]
 
 
 def uniform(*, seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:

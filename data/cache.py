@@ -1,6 +1,7 @@
 """Image files of one split: decoded batch by batch, or once into a memory-mapped file of uint8 pixels.
 
 A cache file is a plain ``.npy`` and may be deleted at any time; its name changes with the files it was made from.
+Either way every file is read once before the training starts: a bad one is known then, and not hours later.
 """
 
 import hashlib
@@ -8,14 +9,19 @@ import io
 import json
 import math
 import os
+import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -28,6 +34,8 @@ VERSION = 1  # part of every cache file's name: raise it when decoding or the la
 LIMIT = 2 * 2**30  # bytes of pixels of one split; larger ones are decoded batch by batch
 CHUNK = 2**19  # bytes of pixels that a worker sends back at a time: containers are short of shared memory
 SAMPLE = 2000  # images that stand for a split too large for the cache
+ADVICE = "; repair or remove it"
+OnBad = Literal["fail", "skip"]
 
 
 class DataError(ValueError):
@@ -38,6 +46,15 @@ class DataError(ValueError):
             message = message.strip().rpartition("DataError: ")[2]
         message = message.encode(errors="backslashreplace").decode()  # a path may hold any byte ...
         super().__init__(message.replace("\n", "\\n").replace("\r", "\\r"))  # ... and line ends
+
+
+class BadFiles(DataError):
+    """Images that cannot be read: of their number in the split, a line each that names the file and what is wrong."""
+
+    def __init__(self, reasons: Mapping[int, str], total: int):
+        more = f" (and {len(reasons) - 1} more of {total} files)" if len(reasons) > 1 else ""
+        super().__init__(next(iter(reasons.values())) + more)
+        self.reasons = reasons
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +94,7 @@ class ImageFiles:
         try:
             return open_image(self.path(index), self.preprocess.mode)
         except ImageError as error:
-            raise DataError(f"{self.path(index)}: {error}; repair or remove it") from None
+            raise DataError(f"{self.path(index)}: {error}{ADVICE}") from None
 
     def cut(self, index: int, image: Image.Image) -> Tensor:
         """uint8 pixels (C, H, W) of an opened image.
@@ -110,14 +127,17 @@ class ImageFiles:
         for index, name in enumerate(self.names):
             try:
                 stat = os.stat(self.path(index))
-            except OSError as error:
-                raise DataError(f"{self.path(index)}: {error.strerror}") from None
-            digest.update(b"%s\0%d\0%d\0" % (name, stat.st_size, stat.st_mtime_ns))
+                size, changed = stat.st_size, stat.st_mtime_ns
+            except OSError:  # a link to nowhere: opening it will say so
+                size, changed = -1, 0
+            digest.update(b"%s\0%d\0%d\0" % (name, size, changed))
         return digest.hexdigest()[:16]
 
 
 def cached_images(files: ImageFiles, *, name: str, folder: Path, num_workers: int) -> Tensor | ImageFiles:
     """Pixels of a split, memory-mapped from a cache that is built if need be; of one beyond ``LIMIT`` its files.
+
+    The files of either are read once, all of them, and what was found is kept.
 
     Args:
         files: The split's files.
@@ -126,18 +146,124 @@ def cached_images(files: ImageFiles, *, name: str, folder: Path, num_workers: in
         num_workers: Processes that decode; 0 decodes in this one.
 
     Raises:
-        DataError: If an image cannot be decoded or the cache cannot be written.
+        BadFiles: If images cannot be decoded.
+        DataError: If sizes differ that may not, or the cache cannot be written.
     """
-    if math.prod(files.shape) > LIMIT:
+    small = math.prod(files.shape) <= LIMIT
+    path, found = folder / f"{name}-{files.key}.npy", known_as(files, name, folder)
+    if small and (pixels := open_array(path, files.shape)) is not None:
+        return torch.from_numpy(pixels)
+    known = known_bad(files, found)
+    if known:
+        raise BadFiles(known, len(files))
+    try:
+        if small:
+            write_array(path, files.shape, decode(files, num_workers, f"decoding {name}"))
+        elif known is None:
+            for _ in decode(files, num_workers, f"checking {name}", keep=False):
+                pass
+            write_atomically(found, [b"{}"])
+    except BadFiles as error:
+        write_atomically(found, [json.dumps(error.reasons).encode()])
+        raise
+    if not small:
         return files
-    path = folder / f"{name}-{files.key}.npy"
     pixels = open_array(path, files.shape)
     if pixels is None:
-        write_array(path, files.shape, decode(files, num_workers, f"decoding {name}"))
-        pixels = open_array(path, files.shape)
-        if pixels is None:
-            raise DataError(f"{path}: the cache reads back wrong; is the disk full or another program changing it?")
+        raise DataError(f"{path}: the cache reads back wrong; is the disk full or another program changing it?")
     return torch.from_numpy(pixels)
+
+
+def known_as(files: ImageFiles, name: str, folder: Path) -> Path:
+    """Where it is kept which of these files are bad: a JSON object from number to reason."""
+    return folder / f"{name}-{files.key}.unreadable.json"
+
+
+def known_bad(files: ImageFiles, path: Path) -> dict[int, str] | None:
+    """What an earlier check of these files found, if it is still so; None if it is not known."""
+    try:
+        numbers = [int(number) for number in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):  # never checked, or a damaged file
+        return None
+    reasons: dict[int, str] = {}
+    for number in numbers:
+        try:
+            files.open(number)
+        except DataError as error:
+            reasons[number] = str(error)
+        else:
+            return None  # readable now: the network or a permission was the cause
+    return reasons
+
+
+def readable(
+    files: Mapping[str, ImageFiles],
+    labels: Mapping[str, Tensor],
+    *,
+    name: str,
+    folder: Path,
+    num_workers: int,
+    on_bad: OnBad = "fail",
+) -> tuple[dict[str, ImageFiles], dict[str, Tensor]]:
+    """The files and labels of each split without the files that cannot be read, once all of them have been tried.
+
+    Bad files are listed in ``NAME-unreadable.txt`` in the cache. Of the processes of a machine one does the work.
+
+    Args:
+        files: Files of each split.
+        labels: Class numbers of each split (N,).
+        name: Start of the cache files' names.
+        folder: Folder of the cache.
+        num_workers: Processes that decode; 0 decodes in this one.
+        on_bad: ``fail`` if any file is bad, or ``skip`` such files.
+
+    Raises:
+        DataError: If there are bad files and none may be left out, or if nothing is left of a class.
+    """
+    bad: dict[str, Mapping[int, str]] = {}
+    with alone(folder / f"{name}.lock"):
+        for split, part in files.items():
+            try:
+                cached_images(part, name=f"{name}-{split}", folder=folder, num_workers=num_workers)
+            except BadFiles as error:
+                bad[split] = error.reasons
+    if not bad:
+        return dict(files), dict(labels)
+    lines = [line for reasons in bad.values() for line in reasons.values()]
+    report = folder / f"{name}-unreadable.txt"
+    write_atomically(report, [f"{line.removesuffix(ADVICE)}\n".encode() for line in lines])
+    total = sum(map(len, files.values()))
+    if on_bad == "fail":
+        more = f" (and {len(lines) - 1} more of {total} files)" if len(lines) > 1 else ""
+        raise DataError(f"{lines[0]}{more}; all are listed in {report}; --data.on_bad skip leaves them out")
+    say_once(f"{name}: {len(lines)} of {total} files cannot be read and are left out; they are listed in {report}")
+    kept = {split: np.setdiff1d(np.arange(len(part)), list(bad.get(split, ()))) for split, part in files.items()}
+    for split, where in kept.items():
+        before, after = labels[split].unique(), labels[split][where].unique()
+        if len(after) < (len(before) if split == "train" else 1):
+            raise DataError(
+                f"{lines[0]}: with all such files left out, a class of {name} has no {split} images; {report}"
+            )
+    good = {split: replace(part, names=part.names[kept[split]]) for split, part in files.items()}
+    for split in bad:  # so that nobody tries them again
+        write_atomically(known_as(good[split], f"{name}-{split}", folder), [b"{}"])
+    return good, {split: labels[split][kept[split]] for split in files}
+
+
+@cache
+def say_once(text: str) -> None:
+    """A line for the user, from the first process, however often the data set is opened."""
+    if rank_zero_only.rank == 0:
+        print(text, file=sys.stderr)
+
+
+def alone(path: Path) -> AbstractContextManager:
+    """Lets one process of this machine in at a time; one that is killed lets the next one in."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path).acquire()
+    except (OSError, NotImplementedError):  # a file system without locks: the work may be done twice
+        return nullcontext()
 
 
 def cached_statistics(
@@ -179,16 +305,23 @@ def channel_statistics(chunks: Iterable[Tensor]) -> tuple[tuple[float, ...], tup
     return tuple(round(x, 6) for x in mean.tolist()), tuple(round(x, 6) for x in std.tolist())
 
 
-def decode(files: ImageFiles, num_workers: int, title: str) -> Iterator[Tensor]:
+def decode(files: ImageFiles, num_workers: int, title: str, *, keep: bool = True) -> Iterator[Tensor]:
     """Decode all files in order in worker processes, with a progress bar on a terminal.
 
+    Args:
+        files: The files.
+        num_workers: Processes; 0 decodes in this one.
+        title: Of the progress bar.
+        keep: Give the pixels; otherwise the files are only tried and what is given is empty.
+
     Raises:
-        DataError: After the last file, if any cannot be read: it names the first and counts the rest.
+        BadFiles: After the last file, if any cannot be read.
+        DataError: If sizes differ that may not.
     """
     step = max(1, CHUNK // math.prod(files.shape[1:]))
     chunks = [range(start, min(start + step, len(files))) for start in range(0, len(files), step)]
     loader = DataLoader(
-        _Chunks(files, chunks),
+        _Chunks(files, chunks, keep),
         batch_size=None,
         collate_fn=_unchanged,
         worker_init_fn=_silence,
@@ -197,21 +330,20 @@ def decode(files: ImageFiles, num_workers: int, title: str) -> Iterator[Tensor]:
     )
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    unreadable: list[str] = []
+    unreadable: dict[int, str] = {}
     wrong_size = None
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(files))
-        for pixels, failures, wrong_size in loader:
-            unreadable += failures
+        for chunk, (pixels, failures, wrong_size) in zip(chunks, loader, strict=False):
+            unreadable |= failures
             if wrong_size:  # rarely the only one: no need to look at the others
                 break
-            progress.advance(task, len(pixels) + len(failures))
+            progress.advance(task, len(chunk))
             yield pixels
     if wrong_size:
         raise DataError(wrong_size)
     if unreadable:
-        more = f" (and {len(unreadable) - 1} more of {len(files)} files)" if len(unreadable) > 1 else ""
-        raise DataError(unreadable[0] + more)
+        raise BadFiles(unreadable, len(files))
 
 
 class _Chunks(Dataset):
@@ -220,23 +352,26 @@ class _Chunks(Dataset):
     Errors are returned, not raised: a loader whose worker raises takes seconds to shut down.
     """
 
-    def __init__(self, files: ImageFiles, chunks: list[range]):
-        self.files, self.chunks = files, chunks
+    def __init__(self, files: ImageFiles, chunks: list[range], keep: bool):
+        self.files, self.chunks, self.keep = files, chunks, keep
 
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[str], str | None]:
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[int, str], str | None]:
         images = [torch.empty((0, *self.files.shape[1:]), dtype=torch.uint8)]
-        unreadable = []
+        unreadable: dict[int, str] = {}
         for i in self.chunks[index]:
             try:
                 image = self.files.open(i)
             except DataError as error:
-                unreadable.append(str(error))
+                unreadable[i] = str(error)
+                continue
+            if not self.keep and not self.files.size_from:
                 continue
             try:
-                images.append(self.files.cut(i, image).unsqueeze(0))
+                pixels = self.files.cut(i, image).unsqueeze(0)
+                images += [pixels] if self.keep else []
             except DataError as error:
                 return images[0], unreadable, str(error)
         return torch.cat(images), unreadable, None

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.augment import Augment
-from data.sources import DataError, Source, Split, load_source, prepare_source, stratified_split
+from data.cache import OnBad
+from data.sources import DataError, Source, Split, Stream, load_source, prepare_source, stratified_split
+from data.stream import StreamDataset, StreamOrder, even
 from vit.preprocess import Preprocess
 
 
@@ -20,13 +23,13 @@ class Draw(NamedTuple):
     """Which images make one batch, and in which epoch: all that augmentation needs to know."""
 
     epoch: int
-    indices: Tensor
+    indices: Tensor  # (B,) views: image + turn * images in the split, where turn counts its repetitions in the epoch
 
 
 class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) uint8; normalised floats after the transfer to the device
-    labels: Tensor  # (B,) int64
-    indices: Tensor  # (B,) int64, within the split
+    labels: Tensor  # (B,) int64; with mixup or cutmix (B, classes) shares after the transfer
+    indices: Tensor  # (B,) int64, as in Draw
     epoch: int
 
 
@@ -41,7 +44,7 @@ class SplitDataset(Dataset):
         return len(self.subset)
 
     def __getitem__(self, draw: Draw) -> Batch:
-        where = self.subset[draw.indices]
+        where = self.subset[draw.indices % len(self.subset)]
         return Batch(self.split.images[where], self.split.labels[where], draw.indices, draw.epoch)
 
 
@@ -57,6 +60,7 @@ class TrainOrder(Sampler[Draw]):
         rank: This process.
         world_size: Number of processes; together they see each image at most once an epoch.
         position: Called at the start of an epoch, gives (epoch, batches to skip).
+        balance: Class numbers (N,), to show the classes equally often; none to show every image equally often.
     """
 
     def __init__(
@@ -68,22 +72,55 @@ class TrainOrder(Sampler[Draw]):
         rank: int,
         world_size: int,
         position: Callable[[], tuple[int, int]],
+        balance: Tensor | None = None,
     ):
         if size < world_size:
             raise DataError(f"{size} training images cannot be shared by {world_size} processes: use fewer devices")
         self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
         self.batch_size = min(batch_size, size // world_size)
         self.position = position
+        self.balance = balance
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[Draw]:
         epoch, skip = self.position()
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.size, generator=generator)
+        if self.balance is not None:
+            order = balanced(self.balance, generator)[order]
         for batch in range(skip, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield Draw(epoch, order[start : start + self.batch_size])
+
+
+def balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Views (N,) of N images in which every class comes equally often, and every image of a class too, to within one.
+
+    A large class is represented by another part of its images each time; those of a small one come again and again, as
+    other views.
+
+    Args:
+        labels: Class numbers (N,).
+        generator: Of the draw.
+    """
+    classes = labels.unique()
+    shares = pairwise(even(0, len(labels), len(classes)))
+    views = []
+    for label, (start, stop) in zip(classes[torch.randperm(len(classes), generator=generator)], shares, strict=True):
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        turns = torch.arange(stop - start)
+        views.append(members[turns % len(members)] + turns // len(members) * len(labels))
+    return torch.cat(views)
+
+
+class StreamBatches(StreamDataset):
+    """Batches of a stream."""
+
+    def __getitem__(self, draw: Any) -> Batch:
+        return Batch(*super().__getitem__(draw))
 
 
 class EvalOrder(Sampler[Draw]):
@@ -99,6 +136,11 @@ class EvalOrder(Sampler[Draw]):
         return (Draw(0, chunk) for chunk in self.chunks)
 
 
+def batches(split: Split | Stream) -> SplitDataset | StreamBatches:
+    """A split in its own order."""
+    return StreamBatches(split) if isinstance(split, Stream) else SplitDataset(split)
+
+
 def ignore_signals(worker: int) -> None:
     """Signals go to every process of a run; the trainer decides, and still needs its workers to end a step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -109,8 +151,10 @@ class ImageDataModule(LightningDataModule):
     """A data set of images in classes.
 
     Args:
-        dataset: ``digits``, ``cifar10``, ``cifar100``, or a folder: ``train/CLASS/*.jpg`` with optional ``val/`` and
-            ``test/``, or just ``CLASS/*.jpg``.
+        dataset: ``digits``, ``cifar10``, ``cifar100``; a folder: ``train/CLASS/*.jpg`` with optional ``val/`` and
+            ``test/``, or just ``CLASS/*.jpg``; several folders with commas between; a table ``FILE.csv`` (``.tsv``,
+            ``.parquet``) with columns path, label and perhaps split; ``torch/NAME``, ``hfds/NAME``; streamed:
+            ``hfids/NAME``, ``wds/FOLDER`` of tar files (docs/data.md).
         root: Where downloads and decoded copies are kept.
         image_size: Height and width of the model's input, in pixels; none for the images' own.
         batch_size: Images in a batch of one device.
@@ -119,6 +163,9 @@ class ImageDataModule(LightningDataModule):
         seed: Of the held-out split, the order and the augmentation.
         num_workers: Processes that decode images; sets that fit in memory are decoded once and need none after that.
         augment: Random changes to training images.
+        on_bad: What to do about image files that cannot be read, which are looked for before the training: ``fail`` or
+            ``skip``; they are listed in a file of the cache.
+        balance: Show the classes equally often in training, however many images they have.
     """
 
     def __init__(
@@ -132,6 +179,8 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 2,
         augment: Augment = Augment(),  # noqa: B008 (frozen)
+        on_bad: OnBad = "fail",
+        balance: bool = False,
     ):
         super().__init__()
         if batch_size < 1:
@@ -139,9 +188,14 @@ class ImageDataModule(LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
-        self.num_workers, self.augment = num_workers, augment
+        self.num_workers, self.augment, self.balance = num_workers, augment, balance
         self.resumed = 0  # optimiser steps done when this run was resumed
-        self._where: dict[str, Any] = {"root": Path(root), "image_size": image_size, "num_workers": num_workers}
+        self._where: dict[str, Any] = {
+            "root": Path(root),
+            "image_size": image_size,
+            "num_workers": num_workers,
+            "on_bad": on_bad,
+        }
 
     # The facts that the model needs; train.py links them to its arguments.
 
@@ -163,7 +217,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        height, width = self.source.train.images.shape[-2:]
+        height, width = self.source.train.shape[-2:]
         return int(height), int(width)
 
     @cached_property
@@ -174,15 +228,25 @@ class ImageDataModule(LightningDataModule):
         prepare_source(self.dataset, **self._where)
 
     def setup(self, stage: str | None = None) -> None:
-        train, val = self.source.train, self.source.val
-        if val is not None:
-            self.train, self.val = SplitDataset(train), SplitDataset(val)
+        train, val, test = self.source.train, self.source.val, self.source.test
+        self.train: SplitDataset | Any  # Any: StreamBatches, as for the others
+        self.val: SplitDataset | Any
+        self.test: SplitDataset | Any | None
+        if isinstance(train, Stream):
+            if self.balance:
+                raise DataError(f"{self.dataset}: data.balance needs the labels of all images; a stream has them not")
+            train, val = (train, val) if val is not None else train.hold_out(self.val_fraction)
+            self.train = StreamBatches(train, seed=self.seed)
+        elif val is not None:
+            self.train = SplitDataset(train)
         elif self.val_fraction:
             kept, held_out = stratified_split(train.labels, self.val_fraction, seed=0)  # the same for every run's seed
             self.train, self.val = SplitDataset(train, kept), SplitDataset(train, held_out)
         else:
             self.train, self.val = SplitDataset(train), SplitDataset(train, torch.arange(min(1000, len(train.labels))))
-        self.test = None if self.source.test is None else SplitDataset(self.source.test)
+        if val is not None:
+            self.val = batches(val)
+        self.test = None if test is None else batches(test)
 
     def position(self) -> tuple[int, int]:
         """(epoch, batches of it done), from the only counter that survives every kind of restart: optimiser steps."""
@@ -201,9 +265,12 @@ class ImageDataModule(LightningDataModule):
         self.resumed = state_dict["steps"]
 
     def train_dataloader(self) -> DataLoader:
-        self.order = TrainOrder(
-            size=len(self.train), batch_size=self.batch_size, seed=self.seed, position=self.position, **self._rank()
-        )
+        places = {"size": len(self.train), "batch_size": self.batch_size, "position": self.position, **self._rank()}
+        if isinstance(self.train, StreamBatches):
+            self.order = StreamOrder(**places, workers=self.num_workers)
+        else:
+            labels = self.train.split.labels[self.train.subset] if self.balance else None
+            self.order = TrainOrder(**places, seed=self.seed, balance=labels)
         return self._loader(self.train, self.order)
 
     def val_dataloader(self) -> DataLoader:
@@ -214,8 +281,11 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"{self.dataset}: has no test images; add a test/ folder or use `validate`")
         return self._eval_loader(self.test)
 
-    def _eval_loader(self, dataset: SplitDataset) -> DataLoader:
-        return self._loader(dataset, EvalOrder(size=len(dataset), batch_size=2 * self.batch_size, **self._rank()))
+    def _eval_loader(self, dataset: SplitDataset | StreamBatches) -> DataLoader:
+        places = {"size": len(dataset), "batch_size": 2 * self.batch_size, **self._rank()}
+        if isinstance(dataset, StreamBatches):
+            return self._loader(dataset, StreamOrder(**places, workers=self.num_workers, position=lambda: (0, 0)))
+        return self._loader(dataset, EvalOrder(**places))
 
     def _rank(self) -> dict[str, int]:
         trainer = self.trainer
@@ -223,8 +293,9 @@ class ImageDataModule(LightningDataModule):
             {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {"rank": 0, "world_size": 1}
         )
 
-    def _loader(self, dataset: SplitDataset, order: Sampler) -> DataLoader:
-        workers = 0 if isinstance(dataset.split.images, Tensor) else self.num_workers
+    def _loader(self, dataset: SplitDataset | StreamBatches, order: Sampler) -> DataLoader:
+        in_memory = isinstance(dataset, SplitDataset) and isinstance(dataset.split.images, Tensor)
+        workers = 0 if in_memory else self.num_workers
         return DataLoader(
             dataset,
             sampler=order,
@@ -235,7 +306,10 @@ class ImageDataModule(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        images = self.preprocess.normalize(batch.images)
-        if self.trainer is not None and self.trainer.training:
-            images = self.augment(images, seed=self.seed, epoch=batch.epoch, indices=batch.indices)
-        return batch._replace(images=images)
+        if self.trainer is None or not self.trainer.training:
+            return batch._replace(images=self.preprocess.normalize(batch.images))
+        which: dict[str, Any] = {"seed": self.seed, "epoch": batch.epoch, "indices": batch.indices}
+        images = self.preprocess.normalize(self.augment.pixels(batch.images, **which))
+        images = self.augment(images, **which)
+        images, labels = self.augment.mix(images, batch.labels, classes=len(self.class_names), **which)
+        return batch._replace(images=images, labels=labels)

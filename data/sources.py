@@ -1,8 +1,8 @@
 """Where training images come from: digits, CIFAR or a folder, all as uint8 images with labels."""
 
-import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cache import DataError, ImageFiles, cached_images, cached_statistics, channel_statistics
-from vit.preprocess import SUFFIXES, ImageError, Preprocess, open_image
+from data.cache import DataError, ImageFiles, OnBad, cached_images, cached_statistics, channel_statistics, readable
+from data.hub import StoredImages, hub_images, hub_shards, load_hub, load_torch
+from data.labels import TABLES, list_images, list_table
+from data.stream import Shards, Stream, load_tars, stream_statistics
+from vit.preprocess import Preprocess
 
-__all__ = ["DataError", "ImageFiles", "Source", "Split", "load_source", "prepare_source", "stratified_split"]
+__all__ = ["DataError", "ImageFiles", "Source", "Split", "Stream", "load_source", "prepare_source", "stratified_split"]
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 CIFAR_STATISTICS = {  # of the training images, as published with most recipes
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-FORMS = "'digits', 'cifar10', 'cifar100' or a folder with one subfolder of images for each class"
+FORMS = (
+    "'digits', 'cifar10', 'cifar100', a folder with one subfolder of images for each class, a table of labels "
+    f"(*{', *'.join(TABLES)}), or torch/NAME, hfds/NAME, hfids/NAME, wds/FOLDER"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +45,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, H, W) once decoded."""
+        return tuple(self.images.shape)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
@@ -50,7 +60,7 @@ class Source:
         class_names: Name of each class number.
         mean: Mean of each channel over the training images, of values in [0, 1].
         std: Standard deviation of each channel over the training images, of values in [0, 1].
-        train: Training images.
+        train: Training images; a Stream if they can only be read in order.
         val: Validation images, if the source has its own.
         test: Test images, if the source has any.
     """
@@ -59,9 +69,9 @@ class Source:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Split
-    val: Split | None = None
-    test: Split | None = None
+    train: Split | Any  # Any: a Stream
+    val: Split | Any | None = None
+    test: Split | Any | None = None
 
 
 def load_source(
@@ -70,15 +80,19 @@ def load_source(
     root: str | Path = "datasets",
     image_size: int | tuple[int, int] | None = None,
     num_workers: int = 2,
+    on_bad: OnBad = "fail",
 ) -> Source:
     """Open a data set; the first time it is downloaded or decoded, later its cache is memory-mapped.
 
     Args:
-        dataset: 'digits', 'cifar10', 'cifar100', or a folder: train/CLASS/*.jpg with val/ and test/ beside it if
-            there are any, or just CLASS/*.jpg.
+        dataset: 'digits', 'cifar10', 'cifar100'; a folder: train/CLASS/*.jpg with val/ and test/ beside it if there are
+            any, or just CLASS/*.jpg, or several of them, divided by commas; a table FILE.csv, .tsv or .parquet with
+            columns path, label and perhaps split; torch/NAME of torchvision, hfds/NAME of Hugging Face; streamed:
+            hfids/NAME, wds/FOLDER of tar files.
         root: Folder for downloads and the cache.
-        image_size: Height and width to cut a folder's images to, in pixels; None if all of them have the same size.
+        image_size: Height and width to cut images to, in pixels; None if all of them have the same size.
         num_workers: Processes that decode images; 0 decodes in this one.
+        on_bad: What to do about files that cannot be read: ``fail`` or ``skip``.
 
     Raises:
         DataError: If the data set cannot be used; one line that names the path.
@@ -87,13 +101,20 @@ def load_source(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and min(size) < 1:
         raise DataError(f"image_size is {image_size}, it must be at least 1 pixel")
+    kind, slash, rest = dataset.partition("/")
     if dataset == "digits":
         source = load_digits()
     elif dataset in CIFAR_STATISTICS:
         source = load_cifar(dataset, root)
+    elif slash and kind in ("wds", "hfids"):
+        return load_stream(dataset, kind, rest, root=root, image_size=size, on_bad=on_bad)
+    elif slash and kind == "tfds":
+        raise DataError(f"{dataset}: sets of TensorFlow are not read: take hfds/NAME, or write tar files for wds/")
+    elif slash and kind in ("hfds", "torch"):
+        return load_stored(dataset, kind, rest, root=root, image_size=size, num_workers=num_workers, on_bad=on_bad)
     else:
-        return load_folder(dataset, root=root, image_size=size, num_workers=num_workers)
-    native = source.train.images.shape[-2:]
+        return load_files(dataset, root=root, image_size=size, num_workers=num_workers, on_bad=on_bad)
+    native = source.train.shape[-2:]
     if size is not None and size != native:
         raise DataError(f"{dataset} has images of {native[0]}x{native[1]} pixels, image_size is {size[0]}x{size[1]}")
     return source
@@ -105,9 +126,10 @@ def prepare_source(
     root: str | Path = "datasets",
     image_size: int | tuple[int, int] | None = None,
     num_workers: int = 2,
+    on_bad: OnBad = "fail",
 ) -> None:
     """Download and decode once, so that ``load_source`` with the same arguments is quick; run by one process a node."""
-    load_source(dataset, root=root, image_size=image_size, num_workers=num_workers)
+    load_source(dataset, root=root, image_size=image_size, num_workers=num_workers, on_bad=on_bad)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -180,130 +202,140 @@ def load_cifar(name: str, root: Path) -> Source:
     return Source(name=name, class_names=tuple(parts["train"].classes), mean=mean, std=std, **splits)
 
 
-def load_folder(dataset: str, *, root: Path, image_size: tuple[int, int] | None, num_workers: int) -> Source:
-    """A folder with one subfolder for each class, with or without train/, val/ and test/ above them."""
-    folder = Path(dataset).expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "is no folder and no known data set"
-        raise DataError(f"{dataset} {what}: give {FORMS}")
-    class_names, parts = list_images(folder)
-    size, size_from = (image_size, None) if image_size else first_size(*parts["train"][:2])
-    preprocess = Preprocess(image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
-    name = re.sub(r"[^\w.-]+", "_", folder.resolve().name)[:40]
+def load_files(
+    dataset: str, *, root: Path, image_size: tuple[int, int] | None, num_workers: int, on_bad: OnBad
+) -> Source:
+    """Image files: of a folder with class folders, of several such folders, or of a table."""
+    whole = Path(dataset).expanduser()
+    paths = [whole] if whole.exists() else [Path(part.strip()).expanduser() for part in dataset.split(",")]
+    if whole.is_file() and whole.suffix.lower() in TABLES:
+        class_names, parts = list_table(whole)
+    else:
+        for path in paths:
+            if not path.is_dir():
+                what = "is a file" if path.exists() else "is no folder and no known data set"
+                raise DataError(f"{path} {what}: give {FORMS}")
+        class_names, parts = list_images(paths)
+    name = re.sub(r"[^\w.-]+", "_", "-".join(path.resolve().name for path in paths))[:40]
+    files = {
+        split: ImageFiles(folder=folder, names=names, preprocess=placeholder(image_size))
+        for split, (folder, names, _) in parts.items()
+    }
+    labels = {split: part[2] for split, part in parts.items()}
+    where: dict[str, Any] = {"root": root, "image_size": image_size, "num_workers": num_workers, "on_bad": on_bad}
+    return decoded(name, class_names, files, labels, **where)
+
+
+def load_stored(
+    dataset: str,
+    kind: str,
+    name: str,
+    *,
+    root: Path,
+    image_size: tuple[int, int] | None,
+    num_workers: int,
+    on_bad: OnBad,
+) -> Source:
+    """A set of torchvision or Hugging Face that is on the disk after its download."""
+    if kind == "torch":
+        class_names, found = load_torch(name, root)
+    else:
+        class_names, rows = load_hub(name, root, streaming=False)
+        found = {split: hub_images(f"{dataset} {split}", *part) for split, part in rows.items()}
+    if "train" not in found:
+        raise DataError(f"{dataset} has no training split, only {', '.join(found)}")
+    files = {
+        split: StoredImages(
+            folder=f"{dataset} {split}",
+            names=np.arange(len(labels)),
+            preprocess=placeholder(image_size),
+            get=get,
+            fingerprint=fingerprint,
+        )
+        for split, (get, labels, fingerprint) in found.items()
+    }
+    labels = {split: part[1] for split, part in found.items()}
+    name = re.sub(r"[^\w.-]+", "_", dataset)[:40]
+    where: dict[str, Any] = {"root": root, "image_size": image_size, "num_workers": num_workers, "on_bad": on_bad}
+    return decoded(name, class_names, files, labels, **where)
+
+
+def placeholder(image_size: tuple[int, int] | None) -> Preprocess:
+    """How to decode to uint8; mean and std are not known yet, and stand for three channels."""
+    return Preprocess(image_size=image_size or (1, 1), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def decoded(
+    name: str,
+    class_names: tuple[str, ...],
+    files: Mapping[str, ImageFiles],
+    labels: Mapping[str, Tensor],
+    *,
+    root: Path,
+    image_size: tuple[int, int] | None,
+    num_workers: int,
+    on_bad: OnBad,
+) -> Source:
+    """A source from the files of each split: decoded once into the cache if they fit, else batch by batch.
+
+    Args:
+        name: Start of the cache files' names.
+        class_names: Name of each class number.
+        files: Files of each split.
+        labels: Class numbers of each split (N,).
+        root: Folder for the cache.
+        image_size: Height and width to cut to, in pixels; None to take the first image's and require it of all.
+        num_workers: Processes that decode.
+        on_bad: What to do about files that cannot be read.
+    """
+    if image_size is None:
+        size, size_from = first_size(files["train"])
+        preprocess = placeholder(size)
+        files = {split: replace(part, preprocess=preprocess, size_from=size_from) for split, part in files.items()}
     cache: dict[str, Any] = {"folder": root / "cache", "num_workers": num_workers}
-    splits: dict[str, Split] = {}
-    for split, (path, names, labels) in parts.items():
-        files = ImageFiles(folder=str(path), names=names, preprocess=preprocess, size_from=size_from)
-        images = cached_images(files, name=f"{name}-{split}", **cache)
-        splits[split] = Split(images=images, labels=labels, files=files)
-        if split == "train":
-            mean, std = cached_statistics(files, images, name=f"{name}-{split}", **cache)
+    files, labels = readable(files, labels, name=name, on_bad=on_bad, **cache)
+    images = {split: cached_images(part, name=f"{name}-{split}", **cache) for split, part in files.items()}
+    mean, std = cached_statistics(files["train"], images["train"], name=f"{name}-train", **cache)
+    splits = {
+        split: Split(images=images[split], labels=labels[split], files=part)
+        for split, part in files.items()
+        if split in ("train", "val", "test")
+    }
     return Source(name=name, class_names=class_names, mean=mean, std=std, **splits)
 
 
-def list_images(folder: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, np.ndarray, Tensor]]]:
-    """Class names, and of each split its folder, its files' paths below that and their labels."""
-    try:
-        folders = split_folders(folder)
-        class_names = class_folders(folders["train"])
-        parts = {split: (path, *find_images(path, class_names, split)) for split, path in folders.items()}
-    except OSError as error:
-        raise DataError(f"{os.fsdecode(error.filename or folder)}: {error.strerror}") from None
-    counts = parts["train"][2].bincount()
-    if "val" not in parts and counts.min() == 1:
-        raise DataError(
-            f"{folders['train'] / class_names[int(counts.argmin())]} has one image, too few to train and validate: "
-            "add images, remove the class or give a val/ folder"
-        )
-    return class_names, parts
+def load_stream(
+    dataset: str, kind: str, name: str, *, root: Path, image_size: tuple[int, int] | None, on_bad: OnBad
+) -> Source:
+    """A set that is read in order, shard after shard, and never decoded as a whole."""
+    if image_size is None:
+        raise DataError(f"{dataset} is streamed, so its images have no one size: give data.image_size")
+    shards: Mapping[str, Shards]
+    cache = root / "cache"
+    if kind == "wds":
+        class_names, shards = load_tars(Path(name).expanduser(), cache)
+    else:
+        class_names, rows = load_hub(name, root, streaming=True)
+        shards = {split: hub_shards(f"{dataset} {split}", *part, cache / "hfids") for split, part in rows.items()}
+    if "train" not in shards:
+        raise DataError(f"{dataset} has no training split, only {', '.join(shards)}")
+    how: dict[str, Any] = {"preprocess": placeholder(image_size), "classes": len(class_names), "on_bad": on_bad}
+    splits = {
+        split: Stream(shards=part, chosen=tuple(range(len(part.lengths))), **how)
+        for split, part in shards.items()
+        if split in ("train", "val", "test")
+    }
+    mean, std = stream_statistics(splits["train"], cache / f"{kind}-train-statistics")
+    return Source(name=dataset, class_names=class_names, mean=mean, std=std, **splits)
 
 
-def first_size(folder: Path, names: np.ndarray) -> tuple[tuple[int, int], str]:
+def first_size(files: ImageFiles) -> tuple[tuple[int, int], str]:
     """Height and width in pixels of the first image that can be read, and its path."""
     errors = []
-    for path in (os.path.join(folder, os.fsdecode(name)) for name in names):
+    for index in range(len(files)):
         try:
-            width, height = open_image(path).size
-            return (height, width), path
-        except ImageError as error:
-            errors.append(f"{path}: {error}; repair or remove it")
+            width, height = files.open(index).size
+            return (height, width), files.path(index)
+        except DataError as error:
+            errors.append(str(error))
     raise DataError(f"{errors[0]} (none of {len(errors)} files can be read)")
-
-
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def split_folders(folder: Path) -> dict[str, Path]:
-    """Where the splits are: those of train/, val/, test/ that exist, or the folder itself as the training split."""
-    names = subfolders(folder)
-    matches = {split: [n for n in names if n.casefold() in spellings] for split, spellings in SPLITS.items()}
-    known = {name for found in matches.values() for name in found}
-    if known != set(names) and not any(subfolders(folder / name) for name in known):
-        return {"train": folder}  # a class may be called train
-    if twice := [found for found in matches.values() if len(found) > 1]:
-        raise DataError(f"{folder} has both {twice[0][0]}/ and {twice[0][1]}/: keep one of them")
-    if known and not matches["train"]:
-        raise DataError(f"{folder} has {min(known)}/ but no train/: put the training images there")
-    return {split: folder / found[0] for split, found in matches.items() if found} or {"train": folder}
-
-
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the classes."""
-    names = subfolders(folder)
-    if len(names) < 2:
-        inside = f"only one class folder, {names[0]}/" if names else "no class folders"
-        raise DataError(f"{folder} has {inside}: give each class a folder of images, two classes or more")
-    return tuple(names)
-
-
-def find_images(folder: Path, class_names: tuple[str, ...], split: str) -> tuple[np.ndarray, Tensor]:
-    """Image files of a split with their labels.
-
-    Args:
-        folder: The split's folder.
-        class_names: The training split's classes.
-        split: 'train', where every class needs an image, 'val' or 'test'.
-
-    Returns:
-        Paths below the folder as bytes (N,), sorted within each class, and int64 labels (N,).
-    """
-    unknown = set(subfolders(folder)) - set(class_names)
-    if unknown:
-        raise DataError(f"{folder / min(unknown)} is a class that the training images lack: rename or remove it")
-    names: list[bytes] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(class_names):
-        of_class = sorted(image_names(folder / class_name))
-        if not of_class and split == "train":
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise DataError(f"{folder / class_name} has no images ({kinds}): add some or remove the folder")
-        names += [os.fsencode(os.path.join(class_name, name)) for name in of_class]
-        labels += [label] * len(of_class)
-    if not names:
-        raise DataError(f"{folder} has no images in class folders: add some or remove it")
-    return np.array(names), torch.tensor(labels)
-
-
-def image_names(folder: Path) -> list[str]:
-    """Paths of all image files below a folder, relative to it; links are followed, hidden files and folders are not."""
-    found: list[str] = []
-    seen: set[str] = set()
-    waiting = [""] if folder.is_dir() else []
-    while waiting:
-        inside = waiting.pop()
-        real = os.path.realpath(folder / inside)
-        if real in seen:  # a link that leads back, or there twice
-            continue
-        seen.add(real)
-        with os.scandir(folder / inside) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(os.path.join(inside, entry.name))
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
-                    found.append(os.path.join(inside, entry.name))
-    return found

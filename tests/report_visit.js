@@ -24,6 +24,17 @@ const visit = () => {
   press("]"); found.visible = getComputedStyle(document.querySelector("#big canvas")).opacity;
   press("j"); found.next = $("path").textContent; press("k"); found.before = $("path").textContent;
   $("query").value = "2.jpg"; $("query").dispatchEvent(new Event("input")); found.found = $("list").children.length;
+  $("query").value = ""; $("query").dispatchEvent(new Event("input"));
+  $("see-classes").click();
+  const kinds = [...document.querySelectorAll(".kind")];
+  found.classes = kinds.map(k => k.querySelector("h2").textContent); found.counted = $("count").textContent;
+  found.hints = [...document.querySelectorAll(".hint")].map(h => h.textContent);
+  found.words = kinds[0].querySelector("p").textContent; found.examples = kinds.map(k => k.querySelectorAll(".card").length);
+  found.defined = $("definitions").querySelectorAll("dt").length;
+  found.asked = [getComputedStyle(document.querySelector("main")).display === "none", $("classes").hidden];
+  found.wideClasses = document.documentElement.scrollWidth <= innerWidth;
+  [...kinds[0].querySelectorAll(".card")].at(-1).click();
+  found.opened = [$("path").textContent.split(" ")[0], document.querySelector("main").hidden, $("classes").hidden];
   $("theme").click(); found.paper = getComputedStyle(document.body).backgroundColor;
   $("theme").click(); found.otherPaper = getComputedStyle(document.body).backgroundColor;
   found.wide = document.documentElement.scrollWidth <= innerWidth;

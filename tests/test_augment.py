@@ -4,10 +4,23 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torchvision.transforms.v2 import functional as tv
 
-from data.augment import Augment, _mix, erase, recolor, uniform, warp
+from data.augment import (
+    CHANGES,
+    Augment,
+    _mix,
+    change_levels,
+    change_places,
+    compose,
+    crops,
+    erase,
+    recolor,
+    uniform,
+    warp,
+)
 
-EVERYTHING = Augment(translate=0.125, flip=0.5, rotate=15, scale=0.1, color=0.3, erase=0.5)
+EVERYTHING = Augment(translate=0.125, flip=0.5, rotate=15, scale=0.1, color=0.3, erase=0.5, crop=0.5, policy=0.5)
 SIZES = [(8, 8), (12, 8), (7, 10)]
 
 
@@ -231,3 +244,202 @@ def test_holes_are_rectangles_of_up_to_half_the_side(probability):
 def test_probability_of_a_hole():
     draws = torch.tensor([[0.29, 1.0, 0.5, 0.5], [0.31, 1.0, 0.5, 0.5]])
     assert (erase(torch.ones(2, 1, 8, 8), draws, 0.3) == 0).sum((1, 2, 3)).tolist() == [16, 0]
+
+
+# Random crops
+
+
+def at(matrices: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Where points (P, 2) of the output come from, (B, P, 2)."""
+    return points @ matrices[:, :, :2].mT + matrices[:, None, :, 2]
+
+
+CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+
+
+def test_crops_lie_inside_and_have_their_area_and_shape():
+    matrices = crops(draws(4), 0.3)
+    corners = at(matrices, CORNERS)
+    assert corners.abs().max() <= 1 + 1e-6
+    sides = corners[:, 2] - corners[:, 0]
+    area, shape = (sides / 2).prod(1), sides[:, 0] / sides[:, 1]
+    whole = (sides > 2 - 1e-6).any(1)  # a stretched part that is larger than the image is cut off
+    assert stats.kstest(area[~whole & (area < 0.7)].numpy(), stats.uniform(0.3, 0.4).cdf).pvalue > 1e-3
+    assert 0.3 - 1e-6 <= area.min() < 0.31
+    assert 3 / 4 - 1e-6 <= shape.min() < 0.77
+    assert 4 / 3 + 1e-6 >= shape.max() > 1.3
+    spare = 1 - (sides / 2)
+    where = (corners[:, 0] + 1) / 2 / spare.clamp(min=1e-9)  # of the room there is, as a share
+    assert stats.kstest(where[~whole].flatten().numpy(), "uniform").pvalue > 1e-3
+    assert abs(shape.log().mean()) < 4 * shape.log().std() / len(shape) ** 0.5
+
+
+def test_a_crop_is_what_torchvision_resizes():
+    """The middle half of each side, enlarged to the whole: as cutting it out and resizing it, away from the border."""
+    images = pictures(1, (16, 24))
+    middle = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]])[None]
+    expected = tv.resize(tv.crop(images, 4, 6, 8, 12), [16, 24], antialias=False)
+    inside = (..., slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(warp(images, middle)[inside], expected[inside], rtol=0, atol=1e-5)
+
+
+def test_composed_moves_are_one_after_the_other():
+    first, second = torch.randn(2, 7, 2, 3)
+    points = torch.rand(5, 2)
+    expected = torch.stack([at(first[i : i + 1], at(second[i : i + 1], points)[0])[0] for i in range(7)])
+    torch.testing.assert_close(at(compose(first, second), points), expected)
+
+
+def test_crop_and_flip_are_both_done():
+    images = pictures(50)
+    cropped, both = view(Augment(crop=0.4), images), view(Augment(crop=0.4, flip=1), images)
+    torch.testing.assert_close(both, cropped.flip(-1), rtol=0, atol=1e-4)
+
+
+# The policy
+
+
+def changed(name: str, images: torch.Tensor, strength: float) -> torch.Tensor:
+    count = len(images)
+    return change_levels(images, torch.full((count,), CHANGES.index(name)), torch.full((count,), strength))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("strength", [-1.0, -0.4, 0.0, 0.3, 1.0])
+def test_grey_levels_change_as_torchvisions(strength, channels):
+    pixels = torch.randint(256, (3, channels, 9, 7), dtype=torch.uint8)
+    bits = 8 - round(4 * abs(strength))
+    for name, expected in {
+        "brightness": tv.adjust_brightness(pixels.float() / 255, 1 + 0.9 * strength) * 255,
+        "posterize": tv.posterize(pixels, bits),
+        "solarize": tv.solarize(pixels, 255 * (1 - abs(strength))),
+        "autocontrast": tv.autocontrast(pixels),
+        "none": pixels,
+        "identity": pixels,
+        "rotate": pixels,
+    }.items():
+        found = changed(name, pixels.float(), strength)
+        torch.testing.assert_close(found, expected.float(), rtol=0, atol=1.001 if name == "autocontrast" else 1e-3)
+
+
+def test_contrast_colour_and_sharpness_end_where_they_should():
+    images = pictures(2, (9, 7)) * 100 + 70
+    grey, middle = images.mean(1, keepdim=True), images.mean((1, 2, 3), keepdim=True)
+    for name, neutral in (("color", grey), ("contrast", middle)):
+        for strength in (-1.0, 0.5):
+            expected = (neutral + (images - neutral) * (1 + 0.9 * strength)).clamp(0, 255)
+            torch.testing.assert_close(changed(name, images, strength), expected)
+    step = torch.tensor([0.0, 0.0, 0.0, 90.0, 90.0, 90.0]).expand(1, 3, 6, 6) + 60
+    softer, sharper = (changed("sharpness", step, strength).diff().abs().max() for strength in (-1.0, 1.0))
+    assert softer < 90 < sharper
+
+
+def test_every_image_has_its_own_change():
+    images, change = pictures(len(CHANGES)) * 255, torch.arange(len(CHANGES))
+    strength = torch.linspace(-1, 1, len(CHANGES))
+    whole = change_levels(images, change, strength)
+    for i in range(len(CHANGES)):
+        part = slice(i, i + 1)
+        assert torch.equal(change_levels(images[part], change[part], strength[part]), whole[part])
+    assert (whole != images).any((1, 2, 3)).sum() >= 6
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 16)])
+def test_places_change_as_named(size):
+    """In pixels, as an image of any shape is turned and slanted without being stretched."""
+    height, width = size
+    half = torch.tensor([width, height]) / 2
+    point = torch.tensor([[2.0, 1.0]])  # pixels right of and below the middle
+    for name, strength, expected in (
+        ("shear_x", 1.0, [2 + 0.3 * 1, 1]),
+        ("shear_y", -1.0, [2, 1 - 0.3 * 2]),
+        ("translate_x", 1.0, [2 + 0.3 * width, 1]),
+        ("translate_y", 0.5, [2, 1 + 0.15 * height]),
+        ("rotate", 1.0, [2 * 3**0.5 / 2 - 1 / 2, 2 / 2 + 3**0.5 / 2]),
+        ("solarize", 1.0, [2, 1]),
+    ):
+        matrices = change_places(torch.tensor([CHANGES.index(name)]), torch.tensor([strength]), height, width)
+        torch.testing.assert_close(at(matrices, point / half)[0] * half, torch.tensor([expected]).float())
+
+
+def test_changes_come_equally_often():
+    change, strength = Augment(policy=0.6).changes(draws(24))
+    counts = change.bincount(minlength=len(CHANGES))
+    assert stats.binomtest(int(counts[1:].sum()), len(change), 0.6).pvalue > 1e-3
+    assert stats.chisquare(counts[1:].numpy()).pvalue > 1e-3
+    assert stats.kstest(strength.numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert Augment().changes(draws(24))[0].max() == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_grey_levels_do_not_depend_on_the_batch(size):
+    images, order = pictures(60, size) * 255, torch.randperm(60)
+    augment = Augment(policy=1)
+    whole = augment.pixels(images, seed=1, epoch=2, indices=torch.arange(60))
+    torch.testing.assert_close(augment.pixels(images[order], seed=1, epoch=2, indices=order), whole[order])
+    assert (augment.pixels(images, seed=1, epoch=3, indices=torch.arange(60)) != whole).any()
+    assert whole.min() >= 0
+    assert whole.max() <= 255
+    assert Augment().pixels(images, seed=1, epoch=2, indices=order) is images
+
+
+# Mixing
+
+
+def mixed(augment: Augment, images: torch.Tensor, labels: torch.Tensor, epoch: int = 0, classes: int = 5):
+    return augment.mix(images, labels, classes=classes, seed=0, epoch=epoch, indices=torch.arange(len(images)))
+
+
+def test_labels_say_how_much_of_each_image_is_there():
+    """Of images of one colour each, the shares of the two colours are those of the two labels."""
+    count = 400
+    labels = torch.arange(count) % 5
+    images = torch.arange(count).float()[:, None, None, None].expand(-1, 3, 32, 48)
+    for augment in (Augment(mixup=1), Augment(cutmix=1), Augment(mixup=0.3, cutmix=0.4)):
+        found, shares = mixed(augment, images, labels)
+        other = images.roll(1, 0)[:, 0, 0, 0]
+        own = 1 - (found.mean((1, 2, 3)) - images[:, 0, 0, 0]) / (other - images[:, 0, 0, 0])
+        torch.testing.assert_close(shares.sum(1), torch.ones(count))
+        torch.testing.assert_close(shares.gather(1, labels[:, None])[:, 0], own, rtol=0, atol=2e-3)
+        torch.testing.assert_close(shares.gather(1, labels.roll(1)[:, None])[:, 0], 1 - own, rtol=0, atol=2e-3)
+
+
+def test_mixup_blends_whole_images_in_any_proportion():
+    images, labels = pictures(500), torch.arange(500) % 5
+    found, shares = mixed(Augment(mixup=1), images, labels)
+    own = shares.gather(1, labels[:, None])[:, 0]
+    assert stats.kstest(own.numpy(), "uniform").pvalue > 1e-3  # Beta(1, 1)
+    weight = own[:, None, None, None]
+    torch.testing.assert_close(found, weight * images + (1 - weight) * images.roll(1, 0), rtol=0, atol=1e-5)
+
+
+def test_cutmix_pastes_a_rectangle():
+    images, labels = pictures(300, (12, 16)), torch.arange(300) % 5
+    found, _ = mixed(Augment(cutmix=1), images, labels)
+    pasted = (found != images).any(1)
+    assert torch.equal(found, torch.where(pasted[:, None], images.roll(1, 0), images))
+    assert torch.equal(pasted, pasted.any(2)[:, :, None] & pasted.any(1)[:, None, :])
+    assert 0.1 < pasted.float().mean() < 0.5
+    assert pasted.float().mean(0).min() > 0.05  # everywhere
+
+
+def test_probability_of_mixing():
+    images, labels = pictures(2000, (4, 4)), torch.zeros(2000, dtype=torch.int64)
+    labels[::2] = 1  # neighbours differ
+    for augment, share in (
+        (Augment(mixup=0.3), 0.3),
+        (Augment(cutmix=0.2), 0.2),
+        (Augment(mixup=0.3, cutmix=0.2), 0.5),
+    ):
+        changes = (mixed(augment, images, labels)[0] != images).any((1, 2, 3)).sum()
+        assert abs(changes / 2000 - share) < 0.05
+
+
+def test_mixing_ends_where_it_should_and_is_repeatable():
+    images, labels = pictures(40), torch.arange(40) % 5
+    augment = Augment(mixup=1, mix_until=3)
+    assert (mixed(augment, images, labels, epoch=2)[0] != images).any()
+    assert torch.equal(mixed(augment, images, labels, epoch=2)[0], mixed(augment, images, labels, epoch=2)[0])
+    for found in (mixed(augment, images, labels, epoch=3), mixed(Augment(), images, labels)):
+        assert found[0] is images
+        assert found[1] is labels

@@ -1,25 +1,33 @@
 """Decoding image files: values, the decode-once cache and what happens when files or disks are bad."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import resource
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
+from torch import Tensor
 from torch._utils import ExceptionWrapper
 
 import data.cache
 from data.cache import (
     DataError,
     ImageFiles,
+    OnBad,
+    alone,
     cached_images,
     cached_statistics,
     channel_statistics,
     open_array,
+    readable,
     write_array,
 )
 from vit.preprocess import Preprocess
@@ -246,9 +254,139 @@ def test_one_bad_file_has_no_count(files, build):
         build(files)
 
 
+@pytest.fixture
+def check(tmp_path, files):
+    """``readable`` for two splits: all seven images to train, of two classes, and the first three to test."""
+
+    def run(on_bad: OnBad = "fail", num_workers: int = 0, **change: Tensor):
+        parts = {"train": files, "test": replace(files, names=files.names[:3])}
+        labels = {"train": torch.arange(7) % 2, "test": torch.arange(3) % 2} | change
+        for part in parts.values():
+            part.__dict__.pop("key", None)  # as a new process sees it
+        cache = tmp_path / "cache"
+        return readable(parts, labels, name="x", folder=cache, num_workers=num_workers, on_bad=on_bad)
+
+    return run
+
+
+def spoil(files: ImageFiles, *indices: int) -> None:
+    """Cut files short: their headers and sizes are right, so that only decoding finds them."""
+    for index in indices:
+        path = Path(files.path(index))
+        path.write_bytes(path.read_bytes()[:-40])
+
+
+sizes = pytest.mark.parametrize("limit", [data.cache.LIMIT, 0], ids=["in memory", "large"])
+
+
+@sizes
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_all_bad_files_of_all_splits_are_listed(files, check, tmp_path, monkeypatch, limit, num_workers):
+    monkeypatch.setattr(data.cache, "LIMIT", limit)
+    monkeypatch.setattr(data.cache, "CHUNK", 2 * 3 * SIZE[0] * SIZE[1])
+    spoil(files, 1, 4, 6)
+    with pytest.raises(DataError) as error:
+        check(num_workers=num_workers)
+    report = tmp_path / "cache" / "x-unreadable.txt"
+    assert str(error.value).startswith(f"{files.path(1)}: ")
+    assert f"(and 3 more of 10 files); all are listed in {report}; --data.on_bad skip" in str(error.value)
+    listed = [line.partition(": ")[0] for line in report.read_text().splitlines()]
+    assert listed == [files.path(i) for i in (1, 4, 6, 1)]  # the last one of the test split
+
+
+@sizes
+def test_bad_files_are_left_out_on_request(files, pixels, check, monkeypatch, capfd, limit):
+    monkeypatch.setattr(data.cache, "LIMIT", limit)
+    spoil(files, 1, 4)
+    for _ in range(2):  # said once a process
+        kept, labels = check("skip")
+    assert [kept["train"].path(i) for i in range(len(kept["train"]))] == [files.path(i) for i in (0, 2, 3, 5, 6)]
+    assert labels["train"].tolist() == [0, 0, 1, 1, 0]
+    assert labels["test"].tolist() == [0, 0]
+    expected = torch.from_numpy(pixels[[0, 2, 3, 5, 6]]).permute(0, 3, 1, 2)
+    assert torch.equal(kept["train"][torch.arange(5)], expected)
+    assert capfd.readouterr().err.count("3 of 10 files cannot be read and are left out") == 1
+
+
+@sizes
+@pytest.mark.parametrize("on_bad", ["fail", "skip"])
+def test_second_check_reads_the_bad_files_alone(files, check, monkeypatch, decoded, limit, on_bad):
+    monkeypatch.setattr(data.cache, "LIMIT", limit)
+    spoil(files, 1, 4)
+    for expected in (10, 3):  # 1 and 4 of train, 1 of test
+        decoded.clear()
+        with contextlib.suppress(DataError):
+            check(on_bad)
+        assert len(decoded) == expected
+
+
+def test_files_left_over_are_not_checked_once_more(files, check, tmp_path, monkeypatch, decoded):
+    monkeypatch.setattr(data.cache, "LIMIT", 0)
+    spoil(files, 1, 4)
+    kept, _ = check("skip")
+    decoded.clear()
+    assert cached_images(kept["train"], name="x-train", folder=tmp_path / "cache", num_workers=0) is kept["train"]
+    assert not decoded
+
+
+@sizes
+def test_sound_files_are_read_once(check, monkeypatch, decoded, limit):
+    monkeypatch.setattr(data.cache, "LIMIT", limit)
+    check()
+    assert len(decoded) == 10
+    check()
+    assert len(decoded) == 10
+
+
+@sizes
+def test_repaired_files_are_all_there(files, pixels, check, monkeypatch, limit):
+    """One is written anew; the other is as it was, and only now may be read."""
+    monkeypatch.setattr(data.cache, "LIMIT", limit)
+    spoil(files, 1)
+    opened = ImageFiles.open
+
+    def refused(self: ImageFiles, index: int) -> Image.Image:
+        if index == 2:
+            raise DataError("stale file handle")
+        return opened(self, index)
+
+    monkeypatch.setattr(ImageFiles, "open", refused)
+    assert len(check("skip")[0]["train"]) == 5
+    Image.fromarray(pixels[1]).save(files.path(1))
+    assert len(check("skip")[0]["train"]) == 6
+    monkeypatch.setattr(ImageFiles, "open", opened)
+    assert len(check()[0]["train"]) == 7
+
+
+def test_class_of_bad_files_alone_is_an_error(files, check):
+    spoil(files, 5, 6)
+    with pytest.raises(DataError, match=r"5\.png: .* a class of x has no train images"):
+        check("skip", train=torch.tensor([0, 0, 0, 0, 0, 1, 1]))
+
+
+def test_one_process_at_a_time(tmp_path):
+    """The second waits for the first, and is let in by its death too."""
+    context = multiprocessing.get_context("fork")
+    inside = context.Event()
+
+    def enter() -> None:
+        with alone(tmp_path / "lock"):
+            inside.set()
+            time.sleep(60)
+
+    first = context.Process(target=enter)
+    first.start()
+    assert inside.wait(20)
+    with pytest.raises(Timeout):
+        FileLock(tmp_path / "lock").acquire(timeout=0)
+    first.kill()
+    with alone(tmp_path / "lock"):
+        first.join()
+
+
 def test_vanished_file_is_named(files, build):
     os.remove(files.path(2))
-    with pytest.raises(DataError, match=r"images/2\.png: No such file or directory$"):
+    with pytest.raises(DataError, match=r"images/2\.png: no such file; repair or remove it$"):
         build(files)
 
 
@@ -297,7 +435,7 @@ def test_names_of_any_bytes(tmp_path, build, pixels):
 def test_large_split_is_decoded_batch_by_batch(files, build, tmp_path, monkeypatch):
     monkeypatch.setattr(data.cache, "LIMIT", 7 * 3 * SIZE[0] * SIZE[1] - 1)
     assert build(files) is files
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*.npy"))
     monkeypatch.setattr(data.cache, "LIMIT", 7 * 3 * SIZE[0] * SIZE[1])
     assert isinstance(build(files), torch.Tensor)
 

@@ -1,6 +1,7 @@
 """The system learns, measures what scikit-learn measures, and keeps what a checkpoint must hold."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from data.datamodule import Batch
 from vit.calibration import Temperature
 from vit.checkpoint import load_checkpoint
-from vit.classifier import ViTClassifier, device_name
+from vit.classifier import ViTClassifier, compiled, device_name
 
 CLASSES = tuple("abcdefg")
 pytestmark = [
@@ -154,6 +155,26 @@ def test_resolution_follows_its_schedule():
         sizes.append(tuple(scaled.shape[2:]))
         assert model(scaled).shape == (2, len(CLASSES))
     assert sizes == [(4, 8)] * 3 + [(6, 12)] * 3 + [(8, 16)] * 5
+
+
+def test_compiled_network_is_the_same_function_of_the_same_weights(monkeypatch):
+    """Traced and called in PyTorch, so that no compiler is needed here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = classifier(drop_path_rate=0.2).train()
+    names, images = set(model.state_dict()), torch.randn(2, 1, 8, 8)
+    outputs = []
+    for network in (model.vit, compiled(model.vit)):
+        torch.manual_seed(1)
+        outputs.append(network(images))
+        outputs.append(torch.autograd.grad(outputs[-1].square().sum(), model.vit.head.weight)[0])
+    torch.testing.assert_close(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[1], outputs[3])
+    assert set(model.state_dict()) == names
+
+
+def test_a_processor_does_not_compile():
+    model = classifier(compile=True)
+    assert model.network is model.vit
 
 
 def test_small_images_are_means_of_large_ones():

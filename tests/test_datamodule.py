@@ -1,5 +1,7 @@
 """Who sees which image when: once an epoch over all ranks, the same after a restart, and each once in evaluation."""
 
+import io
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +49,19 @@ def folder(tmp_path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path / f"{i:02}.png")
     return tmp_path / "images"
+
+
+def write_tars(folder: Path, tars: Path) -> None:
+    """The folder's images in shards of up to six: 20 to train on, and one shard that is held out."""
+    tars.mkdir()
+    files = sorted(folder.glob("*/*.png"), key=lambda path: path.name)
+    for shard, first in enumerate(range(0, len(files), 6)):
+        with tarfile.open(tars / f"train-{shard}.tar", "w") as tar:
+            for path in files[first : first + 6]:
+                tar.add(path, path.name)
+                label = tarfile.TarInfo(f"{path.stem}.cls")
+                label.size = 1
+                tar.addfile(label, io.BytesIO(b"0" if path.parent.name == "cat" else b"1"))
 
 
 # The order of training
@@ -137,10 +152,13 @@ class Recorder(LightningModule):
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["memory", "files", "shards"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_restarted_run_sees_what_the_whole_run_would_have(folder, tmp_path, monkeypatch, workers, accumulate):
-    monkeypatch.setattr(data.cache, "LIMIT", 0 if workers else 2**30)  # 0: files, decoded by workers
+def test_restarted_run_sees_what_the_whole_run_would_have(folder, tmp_path, monkeypatch, kind, accumulate):
+    monkeypatch.setattr(data.cache, "LIMIT", 2**30 if kind == "memory" else 0)  # 0: files, decoded by workers
+    workers, dataset = {"memory": (0, folder), "files": (1, folder), "shards": (2, f"wds/{tmp_path}/tars")}[kind]
+    if kind == "shards":
+        write_tars(folder, tmp_path / "tars")
 
     def seen(checkpoint: str | None = None) -> list[Any]:
         every_step = ModelCheckpoint(tmp_path / "saved", "{step}", save_top_k=-1, every_n_train_steps=1)
@@ -156,8 +174,9 @@ def test_restarted_run_sees_what_the_whole_run_would_have(folder, tmp_path, monk
             enable_model_summary=False,
             callbacks=[every_step],
         )
-        source = {"dataset": str(folder), "root": str(tmp_path / "cache"), "num_workers": workers}
-        module = ImageDataModule(**source, batch_size=4, val_fraction=0.2, augment=Augment(translate=0.2, flip=0.5))
+        source = {"dataset": str(dataset), "root": str(tmp_path / "cache"), "num_workers": workers}
+        options: dict[str, Any] = {"image_size": (8, 6), "batch_size": 4, "val_fraction": 0.2}
+        module = ImageDataModule(**source, **options, augment=Augment(translate=0.2, flip=0.5))
         recorder = Recorder()
         trainer.fit(recorder, module, ckpt_path=checkpoint, weights_only=True)
         return recorder.seen

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from vit.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -76,7 +77,7 @@ def test_layers_move_slower_the_lower_they_are(name, hidden):
 
 
 def test_linear_probe_from_the_command_line(pretrained, tmp_path, capsys):
-    """One run of train.py: messages, frozen weights bit-equal in the result, and a head that moved."""
+    """One run of train.py, in mixed precision: messages, frozen weights bit-equal in the result, a head that moved."""
     run = tmp_path / "run"
     status = train.main(
         [
@@ -84,7 +85,7 @@ def test_linear_probe_from_the_command_line(pretrained, tmp_path, capsys):
             *("--config", CONFIG, "--model.pretrained", str(pretrained), "--model.freeze", "true"),
             *("--data.dataset", "digits", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"),
             *("--trainer.default_root_dir", str(run), "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
-            *("--trainer.enable_progress_bar", "false"),
+            *("--trainer.enable_progress_bar", "false", "--trainer.precision", "bf16-mixed"),
         ]
     )
     assert status == 0
@@ -97,6 +98,35 @@ def test_linear_probe_from_the_command_line(pretrained, tmp_path, capsys):
     assert all(torch.equal(t, before.blocks.state_dict()[name]) for name, t in model.blocks.state_dict().items())
     assert model.head.bias.abs().max() > 0
     assert about.training["pretrained"] == str(pretrained)
+
+
+def test_much_larger_and_rectangular_images_than_before(tmp_path, capsys):
+    """From 28 x 28 to 266 x 518 pixels, as DINOv2's 14-pixel patches are used, with layer decay, from a folder."""
+    model = VisionTransformer(**{**SIZES, "image_size": 28, "patch_size": 14, "depth": 1, "num_registers": 2})
+    about = Checkpoint(
+        architecture=model.architecture,
+        class_names=tuple("wxyz"),
+        preprocess=Preprocess(image_size=(28, 28), mean=(0.5,) * 3, std=(0.25,) * 3),
+    )
+    start, run = save_checkpoint(tmp_path / "small.safetensors", model.state_dict(), about), tmp_path / "run"
+    for i in range(6):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((600 - 50 * i, 400), 50).convert("RGB").save(path)
+    status = train.main(
+        [
+            *("fit", "--config", CONFIG, "--model.pretrained", str(start), "--data.dataset", str(tmp_path / "images")),
+            *("--data.image_size", "[266, 518]", "--data.batch_size", "2", "--data.root", str(tmp_path / "root")),
+            *("--data.augment.crop", "0.5", "--data.augment.policy", "1", "--data.augment.cutmix", "0.5"),
+            *("--trainer.default_root_dir", str(run), "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
+            *("--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"),
+        ]
+    )
+    errors = capsys.readouterr().err
+    assert status == 0, errors
+    assert "position embedding resampled from 2x2 to 19x37 patches" in errors
+    model, about = load_checkpoint(run / "model.safetensors")
+    assert (model.image_size, about.class_names) == ((266, 518), ("a", "b"))
 
 
 def test_unusable_start_is_one_line(tmp_path, capsys):

@@ -1,11 +1,23 @@
-"""Where maps go: names that are safe, unique, and mirror the images'."""
+"""Where maps go: names that are safe, unique, and mirror the images'. What the report gets of the images."""
 
+import json
 import os
-from pathlib import PurePosixPath
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from vit.gallery import NAME_MAX, map_name
+from vit import gallery as module
+from vit.checkpoint import Checkpoint
+from vit.gallery import NAME_MAX, Gallery, explored, map_name
+from vit.model import VisionTransformer
+from vit.predictor import Predictor
+from vit.preprocess import Preprocess
+from vit.rollout import CLASS_METHOD, attention_map, layer_attention
 
 
 @pytest.mark.parametrize(
@@ -39,3 +51,97 @@ def test_different_images_have_different_maps():
         assert ".." not in parts
         assert max(len(part.encode()) for part in parts) <= NAME_MAX
         assert name.isprintable()
+
+
+# ---- the report ----
+
+NAMES = ("cat", "dog", "frog", "ship")
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    torch.manual_seed(2)
+    model = VisionTransformer(
+        image_size=(16, 24), patch_size=4, num_classes=4, embed_dim=24, depth=2, num_heads=3, num_registers=1
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    preprocess = Preprocess(image_size=(16, 24), mean=(0.5,) * 3, std=(0.25,) * 3)
+    about = Checkpoint(architecture=model.architecture, class_names=NAMES, preprocess=preprocess)
+    return Predictor(model, about, device="cpu")
+
+
+@pytest.fixture
+def paths(tmp_path) -> list[str]:
+    """Twelve images of noise, in folders named by class."""
+    random = np.random.default_rng(0)
+    made = [tmp_path / NAMES[i % 3] / f"{i}.png" for i in range(12)]
+    for path in made:
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    return [str(path) for path in made]
+
+
+def test_entries_hold_what_the_page_can_show(predictor, paths, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 5)
+    images = predictor.normalized(torch.stack([predictor.preprocess.load(path) for path in paths]))
+    logits, heads, patches = layer_attention(predictor.model, images)
+    scores = predictor.probabilities(logits)
+    likely = float(scores.sort(descending=True).values[:, 2].quantile(0.5))  # some images have a third likely class
+    monkeypatch.setattr(module, "LIKELY", likely)
+    entries = list(explored(predictor, paths, "last"))
+    assert [entry["path"] for entry in entries] == paths
+    counts = set()
+    for i, entry in enumerate(entries):
+        assert entry["scores"] == pytest.approx(dict(zip(NAMES, scores[i].tolist(), strict=True)), abs=1e-5)
+        assert list(entry["maps"]) == ["last", "rollout", CLASS_METHOD, "contrast"]
+        np.testing.assert_allclose(entry["attention"]["heads"], heads[i], atol=1e-6)
+        np.testing.assert_allclose(entry["attention"]["patches"], patches[i], atol=1e-6)
+        ordered = [NAMES[c] for c in scores[i].argsort(descending=True)]
+        expected = [name for k, name in enumerate(ordered) if k < 2 or entry["scores"][name] >= likely]
+        assert list(entry["maps"][CLASS_METHOD]) == expected
+        assert list(entry["maps"]["contrast"]) == expected[1:]
+        counts.add(len(expected))
+        best, other = NAMES.index(expected[0]), NAMES.index(expected[1])
+        one = images[i : i + 1]
+        asked: dict[str, Any]
+        for found, asked in (
+            (entry["maps"]["last"], {"method": "last"}),
+            (entry["maps"]["rollout"], {}),
+            (entry["maps"][CLASS_METHOD][expected[1]], {"method": CLASS_METHOD, "target": other}),
+            (entry["maps"]["contrast"][expected[1]], {"method": CLASS_METHOD, "target": best, "against": other}),
+        ):
+            np.testing.assert_allclose(found, attention_map(predictor.model, one, **asked)[1][0], atol=1e-5)
+    assert len(counts) > 1  # so that the batch of questions is ragged
+
+
+def test_report_of_a_run(predictor, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "REPORT", 7)
+    file = tmp_path / "report.html"
+    gallery = Gallery(predictor, method="rollout", folder=None, report=str(file))
+    for part in (paths[:5], paths[5:]):
+        (batch,) = predictor.classify([part], methods=["rollout"])
+        named = [predictor.prediction(scores).scores for scores in batch.scores]
+        assert gallery.add(part, batch.grids["rollout"], named) == [None] * len(part)
+        gallery.flush()
+        assert not file.exists()  # its figures are of all images
+    os.remove(paths[0])
+    gallery.flush(end=True)
+    found = re.search(r'id="data">(.*?)</script>', file.read_text("utf-8"), re.DOTALL)
+    assert found
+    page = json.loads(found[1])
+    assert 6 <= len(page["entries"]) <= 7
+    assert paths[0] not in [entry["path"] for entry in page["entries"]]  # gone meanwhile
+    assert sum(view["images"] for view in page["classes"]) == 12
+    labels = [predictor.predict(path).label for path in paths[1:]]
+    for view in page["classes"]:
+        assert 0 <= view["images"] - labels.count(view["name"]) <= 1  # the one that is gone counts
+        assert view["shares"]["border"]["even"] == pytest.approx(16 / 24)
+    assert {"border", "hint"} <= set(page["definitions"])
+
+
+def test_a_run_without_images_writes_nothing(predictor, tmp_path):
+    gallery = Gallery(predictor, method="rollout", folder=str(tmp_path / "maps"), report=str(tmp_path / "r.html"))
+    gallery.flush(end=True)
+    assert not Path(tmp_path / "r.html").exists()
+    assert not Path(tmp_path / "maps").exists()

@@ -24,6 +24,7 @@ from vit.checkpoint import Checkpoint, save_checkpoint
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.rollout import METHODS
+from vit.run import is_long
 
 ROOT = Path(__file__).parent.parent
 NAMES = tuple(f"class {i}" for i in range(7))
@@ -127,6 +128,39 @@ def test_every_format_holds_what_the_predictor_says(run, images, checkpoint):
     table = run(*options, "table")[1].splitlines()
     assert len(table) == 120
     assert all(("error:" in row) == ("error" in record) for row, record in zip(table, records, strict=True))
+
+
+def test_every_mode_and_every_orientation(run, tmp_path):
+    """The 10 modes are classified; grey of 16 bits as its 8-bit source, and 8 orientations as the picture upright."""
+    y, x = np.mgrid[:40, :56]
+    picture = Image.fromarray(np.stack([4 * x, 6 * y, 128 + 90 * np.sin(x / 3)], -1).astype(np.uint8))
+    modes = {"1": "png", "L": "png", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "webp", "CMYK": "jpg", "F": "tif"}
+    for mode, ending in modes.items():
+        picture.convert(mode).save(tmp_path / f"{mode}.{ending}")
+    grey = np.asarray(picture.convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "I;16.png")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "I.tif")
+    for orientation, undo in enumerate((None, 0, 3, 1, 5, 2, 6, 4), 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = picture if undo is None else picture.transpose(Image.Transpose(undo))
+        turned.save(tmp_path / f"upright{orientation}.png", exif=exif)
+    code, out, _ = run(tmp_path, "--format", "jsonl", "--top-k", 7, "--batch-size", 1, "--precision", "float32")
+    assert code == 0
+    records = {Path(record["path"]).stem: record["predictions"] for record in map(json.loads, out.splitlines())}
+    assert len(records) == 10 + 8
+    assert records["I;16"] == records["I"] == records["L"]
+    assert all(records[f"upright{i}"] == records["RGB"] for i in range(1, 9))
+
+
+def test_many_images_are_told_by_a_walk(images, monkeypatch):
+    """So many that a GPU's model is compiled for them; those on standard input are not known."""
+    monkeypatch.setattr("vit.run.LONG", 120)
+    options = predict.parser().parse_args([str(images), "--recursive"])
+    assert is_long(options)
+    monkeypatch.setattr("vit.run.LONG", 121)
+    assert not is_long(options)
+    assert not is_long(predict.parser().parse_args(["-"] * 2))
 
 
 def test_exit_codes(run, images, tmp_path):

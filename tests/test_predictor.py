@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from vit.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from vit.model import VisionTransformer
 from vit.predictor import batches
 from vit.preprocess import ImageError, Preprocess
-from vit.rollout import attention_map
+from vit.rollout import CLASS_METHOD, attention_map
 
 NAMES = ("cat", "dog", "frog")
 SIZE = (16, 24)  # height, width
@@ -117,6 +118,41 @@ def test_a_stream_takes_no_more_than_it_needs(predictor):
     stream.close()
 
 
+def test_a_file_that_vanishes_meanwhile_is_a_failure_in_its_place(predictor, tmp_path):
+    for i, image in enumerate(pictures(6)):
+        image.save(tmp_path / f"{i}.png")
+
+    def listed():
+        for i in range(6):
+            if i % 2:
+                (tmp_path / f"{i}.png").unlink()
+            yield tmp_path / f"{i}.png"
+
+    results = list(predictor.predict_iter(listed(), batch_size=2))
+    assert [isinstance(result, Prediction) for result in results] == [True, False] * 3
+    assert str(results[1]) == f"{tmp_path}/1.png: no such file"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_compiled_model_says_the_same_and_is_compiled_once(precision, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # no C++ compiler, no wait
+    path = checkpoint(tmp_path / "model.safetensors", scale=0.3)
+    plain = Predictor.from_checkpoint(path, device="cpu", precision=precision)
+    compiled = Predictor.from_checkpoint(path, device="cpu", precision=precision)
+    compiled.compile(8)
+    images = pictures(21)  # the last batch is not full
+    torch._dynamo.reset()
+    counters.clear()
+    a, b = list(plain.predict_iter(images, batch_size=8)), list(compiled.predict_iter(images))
+    assert [p.label for p in a] == [p.label for p in b]  # pyright: ignore
+    assert [p.score for p in a] == pytest.approx([p.score for p in b], abs=1e-3)  # pyright: ignore
+    assert counters["stats"]["unique_graphs"] == 1
+    assert len(list(compiled.predict_iter(images, batch_size=16))) == 21  # larger ones are not compiled for
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_threads_get_what_one_gets(predictor):
     images = pictures(16)
     alone = [predictor.predict(image) for image in images]
@@ -156,8 +192,13 @@ def test_explanation_is_the_map_of_that_pass(predictor):
 def test_explanation_of_a_class(predictor):
     (image,) = pictures(1)
     maps = {name: predictor.explain(image, target=name) for name in NAMES}
-    assert all(e.method == "relevance" and e.target == name for name, e in maps.items())
+    assert all(e.method == CLASS_METHOD and e.target == name for name, e in maps.items())
     assert not np.allclose(maps["cat"].grid, maps["dog"].grid)
+    contrast = predictor.explain(image, target="cat", against="dog")
+    assert not np.allclose(contrast.grid, maps["cat"].grid)
+    assert contrast.target == "cat"
+    with pytest.raises(ValueError, match="no class 'horse'"):
+        predictor.explain(image, target="cat", against="horse")
     assert maps["cat"].caption == f"cat {maps['cat'].prediction.scores['cat']:.1%}"
     with pytest.raises(ValueError, match="no class 'horse'; the classes are cat, dog, frog"):
         predictor.explain(image, target="horse")

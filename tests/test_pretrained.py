@@ -106,6 +106,17 @@ def test_reads_plain_weights_if_told_of_what(tmp_path):
     assert len(about.class_names) == 1000
 
 
+def test_no_weight_is_missing_or_left_over_silently(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    weights = timm.create_model("test_vit").state_dict()
+    save_file({**weights, "extra.weight": torch.zeros(2)}, file)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded \(.*Unexpected key.*extra\.weight"):
+        load_pretrained(f"test_vit={file}")
+    save_file({name: tensor for name, tensor in weights.items() if name != "blocks.0.norm1.weight"}, file)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded \(.*Missing key.*blocks\.0\.norm1\.weight"):
+        load_pretrained(f"test_vit={file}")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 
 import pytest
 
@@ -111,6 +112,28 @@ def test_records_of_another_kind_are_not_gone_on_with(name, text, tmp_path):
         [record["path"] for record, _ in output.kept()]
     output.close()
     assert (tmp_path / "out.partial").read_text() == text
+
+
+def test_a_disk_that_fills_up_is_named_and_gone_on_with(tmp_path):
+    whole, path = written(JsonLines()), tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in range(0, len(whole), 7):
+        output = Output(str(path), JsonLines())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # as if no more bytes were there
+        try:
+            with pytest.raises(OutputError, match=r"out\.jsonl: File too large"):
+                [output.write(record) for record in RECORDS]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        output.close()
+        output = Output(str(path), JsonLines(), resume=True)
+        kept = len(list(output.kept()))
+        assert kept == whole[:room].count(b"\n")
+        for record in RECORDS[kept:]:
+            output.write(record)
+        output.finish()
+        output.close()
+        assert path.read_bytes() == whole
 
 
 def test_what_cannot_be_written_is_named(tmp_path):

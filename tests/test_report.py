@@ -45,6 +45,23 @@ def entry(
     }
 
 
+def view(name: str = "cat", **changes: Any) -> dict[str, Any]:
+    """What a survey says of a class."""
+    return {
+        "name": name,
+        "images": 40,
+        "right": 0.75,
+        "mean": np.random.default_rng(0).random((4, 6)),
+        "shares": {
+            "border": {"mean": 0.5, "error": 0.01, "even": 0.6},
+            "centre": {"mean": 0.3, "error": 0.0, "even": 0.2},
+        },
+        "hint": None,
+        "examples": {"most typical": ["photos/0.jpg", "photos/1.jpg"], "surest errors": ["photos/2.jpg", "gone.jpg"]},
+        **changes,
+    }
+
+
 def data(page: Path) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
     assert found
@@ -74,6 +91,7 @@ def test_page_says_what_was_given(tmp_path):
         np.testing.assert_allclose(shares, grid / grid.sum(), atol=0.003 * grid.max() / grid.sum())
     assert content["about"]["metrics"] == {"val/acc": 0.8214}  # what is no number is left out
     assert content["about"]["size"] == "48\u00d732"
+    assert content["classes"] == []
 
 
 def test_attention_comes_through(tmp_path):
@@ -145,12 +163,16 @@ def test_entries_are_taken_one_by_one(tmp_path):
 def test_two_hundred_photographs_stay_small(tmp_path):
     astronaut = pytest.importorskip("skimage.data", reason="scikit-image has the photograph").astronaut()
     given = entry(8, image=Image.fromarray(astronaut), grid=(14, 14))
+    per_class = {name: np.random.default_rng(i).random((14, 14)) for i, name in enumerate(NAMES[:5])}
+    given["maps"] = {"rollout": per_class[NAMES[0]], "lrp": per_class, "contrast": per_class}
     given["attention"] = {
         "heads": np.random.default_rng(0).random((12, 6, 14, 14)),
         "patches": np.random.default_rng(0).random((14, 14, 14, 14)),
     }
-    page = write_report(tmp_path / "r.html", ABOUT, [given] * 5)
-    assert page.stat().st_size / 5 * 200 < 20 * 2**20
+    fixed, full = (
+        write_report(tmp_path / f"{n}.html", ABOUT, [given] * n, [view()] * 20).stat().st_size for n in (0, 5)
+    )
+    assert fixed + (full - fixed) / 5 * 200 < 20 * 2**20
 
 
 # ---- in a browser ----
@@ -169,7 +191,8 @@ VISIT = f"<script>{(Path(__file__).parent / 'report_visit.js').read_text()}</scr
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("window", ["1280,900", "500,800"])
 def test_page_works_in_a_browser(tmp_path, window):
-    page = write_report(tmp_path / "r.html", ABOUT, [entry(i) for i in range(3)])
+    views = [view(hint="One place <b>counts</b>."), view("dog", right=None, shares={})]
+    page = write_report(tmp_path / "r.html", ABOUT, [entry(i) for i in range(3)], views)
     page.write_text(page.read_text("utf-8").replace("</html>", VISIT + "</html>"), encoding="utf-8")
     result = subprocess.run(
         [
@@ -206,5 +229,14 @@ def test_page_works_in_a_browser(tmp_path, window):
     assert found["next"].startswith("photos/1.jpg")
     assert found["before"].startswith("photos/0.jpg")
     assert found["found"] == 1
+    assert found["classes"] == ["cat", "dog"]
+    assert found["counted"].startswith("80 images · maps by rollout")
+    assert found["hints"] == ["Perhaps a shortcut. One place <b>counts</b>."]
+    assert found["words"] == "40 images · 75.0 % of them in the folder of this name"
+    assert found["examples"] == [3, 3]  # those that are on the page
+    assert found["defined"] == 7
+    assert found["asked"] == [True, False]
+    assert found["opened"] == ["photos/2.jpg", False, True]
     assert found["paper"] != found["otherPaper"]
     assert found["wide"]
+    assert found["wideClasses"]

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--kills=2", "--other-kills=1", "--saves=5", "--times=1", "--no-torchrun", "--no-cost", "--json"]
+SHORT = ["--kills=2", "--other-kills=1", "--saves=5", "--times=1", "--no-torchrun", "--no-trust", "--no-cost", "--json"]
 CASES = [
     "kill -9, in memory, no workers",
     "kill -9, files, 2 workers",
     "kill -9, 2 processes",
     "kill -9, accumulation 2",
     "kill -9, averaged weights",
+    "kill -9, 2 processes, weights shared out",
     "kill -9 during a save",
     "disk full, save refused",
     "not a number on 1 of 2 processes",

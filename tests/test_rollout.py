@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from vit import rollout as module
 from vit.model import VisionTransformer
@@ -16,6 +18,7 @@ from vit.rollout import (
     discard_lowest,
     fuse_heads,
     layer_attention,
+    pixel_relevance,
     relevance,
     rollout,
 )
@@ -122,13 +125,13 @@ def linear_rule(x: Tensor, weight: Tensor, y: Tensor, r: Tensor) -> Tensor:
     return x * (r / y @ weight)
 
 
-def norm_rule(norm: Any, x: Tensor, r: Tensor) -> Tensor:
+def norm_rule(norm: Any, x: Tensor, r: Tensor, y: Tensor | None = None) -> Tensor:
     if isinstance(norm, nn.Identity):
         return r
     size = x.shape[-1]
     centre = torch.eye(size, dtype=x.dtype) - 1 / size
     deviation = (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-    return x * ((r / norm(x) * norm.weight / deviation) @ centre)
+    return x * ((r / (norm(x) if y is None else y) * norm.weight / deviation) @ centre)
 
 
 def attention_rule(attn: Any, x: Tensor, r: Tensor) -> Tensor:
@@ -164,9 +167,15 @@ def block_rule(block: Any, x: Tensor, r: Tensor) -> Tensor:
     return r * x / middle + norm_rule(block.norm1, x, r_branch)
 
 
-@torch.no_grad()
 def reference_lrp(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
-    model = double(model)
+    height, width = model.patch_size
+    pixels = reference_pixel_relevance(model, images, target).unfold(1, height, height).unfold(2, width, width)
+    return as_map(model, pixels.sum((-1, -2)).flatten(1))
+
+
+@torch.no_grad()
+def reference_token_relevance(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """What each number that enters the first block (B, N, D) has brought to the logit; the model is in float64."""
     x = model.embed(images.double())
     inputs = []
     for block in model.blocks:
@@ -185,7 +194,40 @@ def reference_lrp(model: VisionTransformer, images: Tensor, target: Tensor) -> T
     r = norm_rule(model.norm, x, tokens)
     for block, x in zip(reversed(model.blocks), reversed(inputs), strict=True):
         r = block_rule(block, x, r)
-    return as_map(model, r.sum(-1))
+    return r
+
+
+def conv_rule(conv: Any, x: Tensor, r: Tensor) -> Tensor:
+    return x * conv2d_input(x.shape, conv.weight, r / conv(x), conv.stride, conv.padding)
+
+
+@torch.no_grad()
+def reference_pixel_relevance(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """On through the stem: positions and biases keep their part, a non-linearity passes relevance through."""
+    model, images = double(model), images.double()
+    r = reference_token_relevance(model, images, target)
+    patches = model.patch_embed(images)
+    tokens = patches.flatten(2).transpose(1, 2)
+    first = model.num_prefix_tokens
+    prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
+    joined = torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), tokens], 1)
+    before = joined + F.pad(model.pos_embed, (0, 0, first - model.num_prefix_positions, 0))
+    r = norm_rule(model.norm_pre, before, r)[:, first:]
+    r = r * tokens / before[:, first:]
+    r = r.transpose(1, 2).reshape(patches.shape)
+    if isinstance(model.patch_embed.proj, nn.Conv2d):
+        return conv_rule(model.patch_embed.proj, images, r).sum(1)
+    inputs, x = [], images
+    layers: list[Any] = list(model.patch_embed.proj)  # pyright: ignore[reportArgumentType]
+    for layer in layers:
+        inputs.append(x)
+        x = layer(x)
+    for layer, x in zip(reversed(layers), reversed(inputs), strict=True):
+        if isinstance(layer, nn.Conv2d):
+            r = conv_rule(layer, x, r)
+        elif isinstance(layer, nn.LayerNorm):
+            r = norm_rule(layer, x.movedim(1, -1), r.movedim(1, -1), y=layer(x).movedim(1, -1)).movedim(-1, 1)
+    return r.sum(1)
 
 
 VARIANTS = [
@@ -224,6 +266,30 @@ def test_class_specific_methods_equal_their_references(arguments, method):
     reference = {"relevance": reference_relevance, "legrad": reference_legrad, "lrp": reference_lrp}[method]
     torch.testing.assert_close(maps.double(), reference(model, images, target), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits, model(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(pool="token", image_size=(8, 20)),
+        dict(pool="mean", image_size=(16, 16), stem="conv", num_registers=2, qk_norm=True),
+        dict(pool="mean", image_size=(8, 12), pre_norm=True, act="quick_gelu"),
+    ],
+    ids=["linear", "conv", "norm"],
+)
+def test_pixel_relevance_equals_its_reference(arguments, monkeypatch):
+    model = build(**arguments)
+    images, target = images_for(model), torch.tensor([1, 4, 0])
+    expected = reference_pixel_relevance(model, images, target)
+    logits, found = pixel_relevance(model, images, target=target)
+    assert found.shape == (3, *model.image_size)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(logits, model(images), atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(module, "MEMORY", 1)  # one image at a time, also where the caller wants no gradients
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            pixel_relevance(model, images.clone(), target=target)[1], found, atol=1e-5, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("how", ["max", "min"])

@@ -4,7 +4,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,8 +14,11 @@ import lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -27,7 +31,7 @@ from vit.pretrained import start_from
 
 
 class Batch(Protocol):
-    """What a step needs of a batch: normalised images (B, C, H, W) and their labels, int64 (B,)."""
+    """Normalised images (B, C, H, W), and their labels, int64 (B,), or the share of each class (B, classes) in training."""
 
     images: Tensor
     labels: Tensor
@@ -55,6 +59,8 @@ class ViTClassifier(LightningModule):
         freeze: Train the head alone (a linear probe).
         layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 0.65 to 0.9 is usual
             for fine-tuning.
+        compile: Compile the training step's network (torch.compile); on a GPU alone, as the compiler costs a CPU more
+            than it gives.
         vit: Arguments of VisionTransformer.
     """
 
@@ -78,6 +84,7 @@ class ViTClassifier(LightningModule):
         pretrained: str | None = None,
         freeze: bool = False,
         layer_decay: float = 1.0,
+        compile: bool = False,
         **vit: Any,
     ):
         super().__init__()
@@ -85,6 +92,7 @@ class ViTClassifier(LightningModule):
         if not 0 < layer_decay <= 1:
             raise ValueError(f"model.layer_decay must be in (0, 1], got {layer_decay}")
         self.pretrained, self.adapted = pretrained, []
+        self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
         if pretrained is None:
             self.vit = VisionTransformer(image_size=image_size, in_chans=len(mean), num_classes=len(class_names), **vit)
         else:
@@ -95,7 +103,7 @@ class ViTClassifier(LightningModule):
         self.class_names = tuple(class_names)
         self.preprocess = Preprocess(image_size=self.vit.image_size, mean=tuple(mean), std=tuple(std))
         self.optimizer = {"name": optimizer, "lr": lr, "muon_lr": muon_lr, "weight_decay": weight_decay}
-        self.layer_decay = layer_decay
+        self.layer_decay, self.compile_on_gpu = layer_decay, compile
         self.warmup, self.label_smoothing = warmup, label_smoothing
         self.schedule: Literal["cosine", "linear"] = schedule
         self.resolution = sorted((float(until), float(factor)) for until, factor in resolution)
@@ -122,6 +130,16 @@ class ViTClassifier(LightningModule):
             compute_groups=False,
         )
 
+    def configure_model(self) -> None:
+        """Share the weights out over the processes, block by block, where the strategy asks for it (FSDP)."""
+        strategy = self._trainer and self._trainer.strategy  # load_from_checkpoint comes here without a trainer
+        if isinstance(strategy, ModelParallelStrategy) and not isinstance(self.vit, FSDPModule):
+            if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+                raise ValueError("trainer.callbacks: weights that are shared out (FSDP) cannot be averaged too")
+            mesh = init_device_mesh(strategy.root_device.type, (strategy.world_size,))
+            for part in (*self.vit.blocks, self.vit):
+                fully_shard(part, mesh=mesh)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of normalised images (B, C, H, W)."""
         return self.vit(images)
@@ -134,7 +152,7 @@ class ViTClassifier(LightningModule):
         torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self.vit(self.rescale(batch.images)).float()
+        logits = self.network(self.rescale(batch.images)).float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss.detach())
         return loss
@@ -189,6 +207,14 @@ class ViTClassifier(LightningModule):
 
     # What is kept
 
+    @cached_property
+    def network(self) -> Callable[[Tensor], Tensor]:
+        """What a training step calls: the model, perhaps compiled, once for each resolution.
+
+        Validation calls the model itself: its last batch has another size, and would be compiled anew.
+        """
+        return compiled(self.vit) if self.compile_on_gpu and self.device.type == "cuda" else self.vit
+
     def on_fit_start(self) -> None:
         self.started = time.monotonic()
         if self.pretrained and self.trainer.is_global_zero:
@@ -222,6 +248,10 @@ class ViTClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["vit"] = describe(self.about())
         checkpoint["state_dict"]["temperature"] = self.temperature  # as fitted, also where weights are averages
+        numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
+        for state, optimizer in zip(checkpoint.get("optimizer_states", ()), self.trainer.optimizers, strict=False):
+            groups = [[numbers[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+            number(state, groups, done=isinstance(self.trainer.strategy, ModelParallelStrategy))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         theirs = checkpoint["vit"]
@@ -237,7 +267,33 @@ class ViTClassifier(LightningModule):
         if not self.trainer.is_global_zero or not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
             return
         model, about = load_checkpoint(callback.best_model_path)
-        save_checkpoint(Path(self.trainer.default_root_dir) / "model.safetensors", model.state_dict(), about)
+        path = Path(self.trainer.default_root_dir) / "model.safetensors"
+        save_checkpoint(path, model.state_dict(), about)
+        self.exported = path, about
+
+
+def compiled(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:
+    """The model's forward pass, compiled; a function, as a module would have its weights saved a second time."""
+    network = torch.compile(vit, dynamic=False)
+    return lambda images: network(images)
+
+
+def number(state: dict[str, Any], groups: Sequence[Sequence[int]], *, done: bool) -> None:
+    """Give an optimiser's parameters the number they have in the model, in the groups' order, with FSDP or without.
+
+    Lightning numbers them by group without FSDP, and with it by the model, but sorts them then; either would go on from
+    the other with the wrong moments.
+
+    Args:
+        state: The optimiser's state; changed. Empty where another process saves it.
+        groups: Number in the model of each parameter of each group.
+        done: Whether their states are numbered so already.
+    """
+    if state and not done:
+        places = [number for group in groups for number in group]
+        state["state"] = {places[place]: value for place, value in state["state"].items()}
+    for group, numbers in zip(state.get("param_groups", ()), groups, strict=False):
+        group["params"] = list(numbers)
 
 
 def asked_for(vit: dict[str, Any]) -> dict[str, Any]:

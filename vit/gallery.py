@@ -2,21 +2,27 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.checkpoint import Checkpoint
+from vit.predictor import Predictor, batches
 from vit.preprocess import ImageError, open_image
 from vit.records import OutputError, shown
+from vit.report import LONGEST, write_report
+from vit.rollout import CLASS_METHOD, CLASS_SPECIFIC, attention_map, layer_attention
+from vit.survey import SURVEYED, Survey
 from vit.visualize import LARGEST, contact_sheet, overlay
 
 SHEET = 64  # images on the sheet
 REPORT = 200  # images in the report
-THUMBNAIL = 448  # pixels; what is kept for them is no larger, so that memory stays flat
+THUMBNAIL = 448  # pixels; what is kept for the sheet is no larger, so that memory stays flat
+AT_ONCE = 8  # images whose attention in all layers is held at a time, for the report
+ASKED, LIKELY = 5, 0.02  # classes an image's report has maps for, at most; those above this probability, at least two
 NAME_MAX = 255  # bytes that file systems allow a name
 
 
@@ -52,23 +58,24 @@ def _short(part: str) -> str:
 
 
 class Gallery:
-    """Writes the pictures of each batch as it comes; the sheet and the report as soon as they are full, or at the end.
+    """Writes the pictures of each batch as it comes, the sheet as soon as it is full, and the report at the end.
 
     Args:
-        about: The checkpoint's description.
+        predictor: What made the maps; the report asks it more about its images.
         method: Name of the map method.
         folder: Where to put a map for each image, and ``sheet.png``; none for no maps.
         report: HTML file to write; none for no report.
     """
 
-    def __init__(self, about: Checkpoint, *, method: str, folder: str | None, report: str | None):
-        self.about, self.method, self.folder, self.report = about, method, folder, report
-        self.limit = max(SHEET if folder else 0, REPORT if report else 0)
+    def __init__(self, predictor: Predictor, *, method: str, folder: str | None, report: str | None):
+        self.predictor, self.method, self.folder, self.report = predictor, method, folder, report
+        self.survey = Survey(predictor.class_names) if report else None
+        self.limit = SURVEYED if report else SHEET  # of the first so many images something is kept until the end
         self.entries: list[dict[str, Any]] = []
-        self.unwritten = {name for name, wanted in (("sheet", folder), ("report", report)) if wanted}
+        self.unwritten = {"sheet"} if folder else set()
 
     def add(
-        self, paths: Sequence[str], grids: Iterable[Tensor], scores: Iterable[Mapping[str, float]]
+        self, paths: Sequence[str], grids: Iterable[Tensor], scores: Sequence[Mapping[str, float]]
     ) -> list[str | None]:
         """The map's file of each image, once written; None if no maps are wanted or the image is gone meanwhile.
 
@@ -77,7 +84,12 @@ class Gallery:
             grids: Weight of each patch (grid height, grid width).
             scores: Probability of every class, highest first.
         """
-        remember = [len(self.entries) + i < self.limit for i in range(len(paths))]
+        grids = list(grids)
+        if self.survey:
+            self.survey.add(paths, grids, scores)
+        if self.folder is None:
+            return [None] * len(paths)
+        remember = [len(self.entries) + i < SHEET for i in range(len(paths))]
         with ThreadPoolExecutor(thread_name_prefix="maps") as pool:
             drawn = list(pool.map(self._draw, paths, grids, scores, remember))
         self.entries += [entry for _, entry in drawn if entry]
@@ -90,33 +102,23 @@ class Gallery:
             image = open_image(path, min_side=LARGEST)
         except ImageError:
             return None, None
-        entry = {"path": shown(path), "image": image, "grid": grid.numpy(), "scores": dict(scores)}
-        entry["box"] = self.about.preprocess.box(*image.size)
-        file = None
-        if self.folder is not None:
-            file = f"{self.folder}/{map_name(path)}"
-            self._save(overlay(image, entry["grid"], box=entry["box"], caption=_caption(entry)), file)
+        label, score = next(iter(scores.items()))
+        entry = {"image": image, "grid": grid.numpy(), "caption": f"{label} {score:.1%}"}
+        entry["box"] = self.predictor.preprocess.box(*image.size)
+        file = f"{self.folder}/{map_name(path)}"
+        self._save(overlay(**entry), file)
         return file, _small(entry) if remember else None
 
     def flush(self, *, end: bool = False) -> None:
-        """Write the sheet and the report if they are full, or if this is the end."""
+        """Write the sheet if it is full, and at the end what is not yet written."""
         if "sheet" in self.unwritten and self.entries and (end or len(self.entries) >= SHEET):
             self.unwritten.remove("sheet")
-            sheet = [
-                {"image": e["image"], "grid": e["grid"], "box": e["box"], "caption": _caption(e)}
-                for e in self.entries[:SHEET]
-            ]
-            self._save(contact_sheet(sheet), f"{self.folder}/sheet.png")
-        if self.report and "report" in self.unwritten and self.entries and (end or len(self.entries) >= REPORT):
-            from vit.report import write_report
-
-            self.unwritten.remove("report")
-            entries = [
-                {"maps": {self.method: e["grid"]}, **{k: e[k] for k in ("path", "image", "box", "scores")}}
-                for e in self.entries
-            ]
+            self._save(contact_sheet(self.entries[:SHEET]), f"{self.folder}/sheet.png")
+        if end and self.report and self.survey and self.survey.paths:
+            view = self.survey.view()
+            entries = explored(self.predictor, self.survey.chosen(view, REPORT), self.method)
             try:
-                write_report(self.report, self.about, entries)
+                write_report(self.report, self.predictor.about, entries, view)
             except OSError as error:
                 raise OutputError(f"{self.report}: {error.strerror or error}") from error
 
@@ -140,6 +142,63 @@ def _small(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _caption(entry: Mapping[str, Any]) -> str:
-    label, score = next(iter(entry["scores"].items()))
-    return f"{label} {score:.1%}"
+def explored(predictor: Predictor, paths: Iterable[str], method: str) -> Iterator[dict[str, Any]]:
+    """Entries for ``write_report``, lazily; images that are gone meanwhile are left out.
+
+    Each has the map of the run's method, rollout, a class-specific map for each likely class, what sets the best class
+    apart from each of the others (``contrast``), and the attention of every layer, head and patch.
+
+    Args:
+        predictor: What to ask.
+        paths: Of the images.
+        method: Of the run; its map comes first.
+    """
+
+    def load(path: str) -> tuple[Image.Image, Tensor] | None:
+        try:
+            return open_image(path, min_side=LONGEST), predictor.preprocess.load(path)
+        except ImageError:
+            return None
+
+    with ThreadPoolExecutor(thread_name_prefix="report") as pool:
+        for part in batches(paths, AT_ONCE):
+            found = [(path, *loaded) for path, loaded in zip(part, pool.map(load, part), strict=True) if loaded]
+            if not found:
+                continue
+            answers = explore(predictor, torch.stack([pixels for _, _, pixels in found]), method)
+            for (path, image, _), answer in zip(found, answers, strict=True):
+                yield {"path": shown(path), "image": image, "box": predictor.preprocess.box(*image.size), **answer}
+
+
+def explore(predictor: Predictor, pixels: Tensor, method: str) -> list[dict[str, Any]]:
+    """Scores, maps and attention of each image, from uint8 pixels (B, C, H, W)."""
+    model, names, images = predictor.model, predictor.class_names, predictor.normalized(pixels)
+    logits, heads, patches = layer_attention(model, images)
+    scores = predictor.probabilities(logits)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :ASKED]  # (B, classes asked about)
+    asked = [(i, int(c)) for i, row in enumerate(best) for k, c in enumerate(row) if k < 2 or scores[i, c] >= LIKELY]
+    others = [(i, c) for i, c in asked if c != best[i, 0]]
+    maps: list[dict[str, Any]] = [{} for _ in images]
+    for name in dict.fromkeys([method, "rollout", CLASS_METHOD]):
+        if name not in CLASS_SPECIFIC:
+            for i, grid in enumerate(attention_map(model, images, method=name)[1].cpu()):
+                maps[i][name] = grid.numpy()
+            continue
+        rows, classes = zip(*asked, strict=True)
+        grids = attention_map(model, images[list(rows)], method=name, target=classes)[1].cpu()
+        for (i, c), grid in zip(asked, grids, strict=True):
+            maps[i].setdefault(name, {})[names[c]] = grid.numpy()
+    if others:
+        rows, against = zip(*others, strict=True)
+        target = best[list(rows), 0].to(images.device)
+        grids = attention_map(model, images[list(rows)], method=CLASS_METHOD, target=target, against=against)[1].cpu()
+        for (i, c), grid in zip(others, grids, strict=True):
+            maps[i].setdefault("contrast", {})[names[c]] = grid.numpy()
+    return [
+        {
+            "scores": predictor.prediction(scores[i]).scores,
+            "maps": maps[i],
+            "attention": {"heads": heads[i].cpu().numpy(), "patches": patches[i].cpu().numpy()},
+        }
+        for i in range(len(images))
+    ]

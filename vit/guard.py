@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from vit.history import History
 from vit.saving import SaveError
 
 BAD_LOSS, BAD_GRADIENT, DUE, SIGNAL = 1, 2, 4, 8  # what a process tells the others: a sum; signals count from SIGNAL on
@@ -65,6 +67,9 @@ class Guard(Checkpoint):
         self.saved, self.late = time.monotonic(), pl_module.device.type == "cuda"
         if not getattr(trainer, "fast_dev_run", False):
             self._check_space(Path(trainer.default_root_dir), pl_module)
+        for logger in trainer.loggers:
+            if isinstance(logger, History):
+                logger.go_on_at(trainer.global_step)
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         # After Lightning's own handlers, which save in the middle of a step; its teardown restores what was before.
@@ -97,7 +102,7 @@ class Guard(Checkpoint):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         code = BAD_LOSS * self.bad.long() if self.bad is not None else torch.zeros((), dtype=torch.long)
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # float16 finds its scale by overflowing
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            gradients = [local(p.grad) for p in pl_module.parameters() if p.grad is not None]
             code = code + BAD_GRADIENT * ~torch.nn.utils.get_total_norm(gradients).isfinite()
         if self.late:
             self._read(trainer)
@@ -140,6 +145,7 @@ class Guard(Checkpoint):
             return  # the epoch's end is near
         assert trainer.fit_loop._data_fetcher is not None
         if (self.signal or self.due) and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            trainer._logger_connector.update_train_step_metrics()  # what Lightning logs only after the save
             self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,6 +187,11 @@ class Guard(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Diverged):
             leave_children(trainer)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be shared out (FSDP)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def leave_children(trainer: Trainer) -> None:

@@ -326,6 +326,8 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {a[name]!r}")
 
     def _init_weights(self) -> None:
+        if self.pos_embed.is_meta:  # has no values; and torch would import its compiler for normal_: 2 s, 160 MB
+            return
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:

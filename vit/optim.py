@@ -77,7 +77,9 @@ def build_optimizer(
     if name == "adamw":
         decayed["params"] = groups["hidden"] + groups["weights"]
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-        return AdamW(ready([decayed, plain]), betas=(0.9, 0.99), fused=fused)
+        optimizer = AdamW(ready([decayed, plain]), betas=(0.9, 0.99), fused=fused)
+        optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients in mixed precision
+        return optimizer
     hidden = {"params": groups["hidden"], "lr": muon_lr, "weight_decay": weight_decay}
     others = [{**group, "use_fallback": True} for group in (decayed, plain)]
     return Muon(ready([hidden, *others]), nesterov=True, adjust_lr_fn="original", betas=(0.9, 0.99))

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,22 @@ import numpy as np
 from PIL import Image
 
 from vit.checkpoint import Checkpoint
+from vit.records import shown
+from vit.survey import DEFINITIONS
 from vit.visualize import PIXELATED, color_table
 
 LONGEST = 448  # pixels of an image's longer side in the page; 200 photographs stay below 20 MiB with it
-QUALITY = 80  # of its JPEG
+QUALITY = 75  # of its JPEG
 TOP = 10  # classes listed for an image
 COARSEST = 14  # rows and columns kept of what each patch attends to: the square of the patches is what takes space
 
 
-def write_report(path: str | Path, about: Checkpoint, entries: Iterable[Mapping[str, Any]]) -> Path:
+def write_report(
+    path: str | Path,
+    about: Checkpoint,
+    entries: Iterable[Mapping[str, Any]],
+    classes: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write the page; entries are taken one by one, so they may be made as they are written.
 
     Args:
@@ -32,6 +39,7 @@ def write_report(path: str | Path, about: Checkpoint, entries: Iterable[Mapping[
             grid, or to a mapping of class name to grid for methods that depend on the class), and optionally
             ``attention`` with ``heads`` (layers, heads, grid height, grid width) and ``patches`` (grid height,
             grid width, grid height, grid width): what the pooled token and what each patch attends to.
+        classes: What ``vit.survey.Survey.view`` says of each class; none for a page without that part.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +49,9 @@ def write_report(path: str | Path, about: Checkpoint, entries: Iterable[Mapping[
         file.write(f'{{"about":{_json(_about(about))},"colors":{_json(_base64(color_table()))},"entries":[')
         for i, entry in enumerate(entries):
             file.write(("," if i else "") + "\n" + _json(_entry(entry)))
-        file.write("]}" + after)
+        file.write(
+            f'],"classes":{_json([_class(view) for view in classes])},"definitions":{_json(DEFINITIONS)}}}' + after
+        )
     return path
 
 
@@ -59,6 +69,11 @@ def _about(about: Checkpoint) -> dict[str, Any]:
         "heads": about.architecture.get("num_heads"),
         "metrics": {k: v for k, v in about.metrics.items() if np.isfinite(v)},
     }
+
+
+def _class(view: Mapping[str, Any]) -> dict[str, Any]:
+    examples = {kind: [shown(path) for path in paths] for kind, paths in view["examples"].items()}
+    return {**view, "mean": _grid(view["mean"]), "examples": examples}
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:

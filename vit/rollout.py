@@ -10,7 +10,7 @@ al. 2024 (2404.03214); AttnLRP, Achtibat et al. 2024 (2402.05602).
 Shapes in comments: B images, N tokens, P patches, h heads, L layers, D embed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,17 +177,25 @@ def _legrad(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Te
     return logits, rows
 
 
-@torch.enable_grad()
 def _lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    logits, pixels = _pixel_lrp(model, images, ask)
+    rows, columns = model.grid_of(images.shape[-2], images.shape[-1])
+    patches = pixels.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).sum((2, 4))
+    return logits, F.pad(patches.flatten(1), (model.num_prefix_tokens, 0))
+
+
+@torch.enable_grad()
+def _pixel_lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    """Logits, and the relevance of every pixel (B, H, W), its channels summed."""
     with AttnLRP():
-        tokens = x = model.embed(images)
+        x = model.embed(images)
         *blocks, last = model.blocks
         for block in blocks:
             x, _ = block.explain(x)
         x, _ = last.explain(x, model.num_read)
         logits = model.forward_head(model.norm(x))
-        (gradient,) = torch.autograd.grad(ask.score(logits), tokens)
-    return logits, (tokens * gradient).sum(-1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        (gradient,) = torch.autograd.grad(ask.score(logits), images)
+    return logits, (images * gradient).detach().sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
 
 
 class AttnLRP(TorchFunctionMode):
@@ -235,6 +243,7 @@ METHODS: dict[str, Callable[[VisionTransformer, Tensor, Question], tuple[Tensor,
     "lrp": _lrp,
 }
 CLASS_SPECIFIC = frozenset(("relevance", "legrad", "lrp"))  # the others look the same whatever class is asked about
+CLASS_METHOD = "lrp"  # the default where a class is asked about: the truest by benchmarks/faithfulness.py
 FUSIONS = ("mean", "max", "min")
 
 
@@ -277,18 +286,52 @@ def attention_map(
         raise ValueError(f"fuse {fuse!r} is not one of {', '.join(FUSIONS)}")
     if not 0 <= discard < 1:
         raise ValueError(f"discard must be in [0, 1), got {discard}")
-    classes = [_classes(value, model, images) for value in (target, against)]
     grid = model.grid_of(images.shape[-2], images.shape[-1])
-    size = _part_size(model, grid, method)
     logits, maps = [], []
     with torch.inference_mode(False):  # class-specific methods need gradients, whatever the caller has switched off
-        for i in range(0, len(images), size):
-            part = images[i : i + size].detach().clone().requires_grad_(method in CLASS_SPECIFIC)
-            ask = Question(*(c if c is None else c[i : i + size] for c in classes), fuse=fuse, discard=discard)
+        for part, ask in _parts(model, images, method, target, against, fuse=fuse, discard=discard):
             part_logits, rows = METHODS[method](model, part, ask)
             logits.append(part_logits.detach())
             maps.append(_normalized(rows.detach()[:, model.num_prefix_tokens :]).unflatten(1, grid))
     return torch.cat(logits), torch.cat(maps)
+
+
+def pixel_relevance(
+    model: VisionTransformer, images: Tensor, *, target: Target | None = None, against: Target | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (B, classes), and AttnLRP's relevance of every pixel (B, H, W) in float32; its maps are sums of these.
+
+    Positive where a pixel speaks for the class, negative where against it, in units of the logit; what biases and
+    positions contribute belongs to no pixel. A pixel of the mean colour says nothing, since it enters as 0.
+
+    Args:
+        model: In eval mode.
+        images: Normalised images (B, in_chans, H, W), on the model's device and of its type.
+        target: Class asked about, one for all images or one each; none for the predicted class.
+        against: Class to set it against.
+
+    Raises:
+        ValueError: If a class is not one of the model's.
+    """
+    logits, maps = [], []
+    with torch.inference_mode(False):
+        for part, ask in _parts(model, images, "lrp", target, against):
+            part_logits, pixels = _pixel_lrp(model, part, ask)
+            logits.append(part_logits.detach())
+            maps.append(pixels.float())
+    return torch.cat(logits), torch.cat(maps)
+
+
+def _parts(
+    model: VisionTransformer, images: Tensor, method: str, target: Target | None, against: Target | None, **reduce: Any
+) -> Iterator[tuple[Tensor, Question]]:
+    """The images in parts whose attention weights stay within MEMORY, each with the question about it."""
+    classes = [_classes(value, model, images) for value in (target, against)]
+    size = _part_size(model, model.grid_of(images.shape[-2], images.shape[-1]), method)
+    for i in range(0, len(images), size):
+        part = images[i : i + size].detach().clone().requires_grad_(method in CLASS_SPECIFIC)
+        about, other = (c if c is None else c[i : i + size] for c in classes)
+        yield part, Question(target=about, against=other, **reduce)
 
 
 def _classes(value: Target | None, model: VisionTransformer, images: Tensor) -> Tensor | None:
@@ -332,17 +375,17 @@ def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, T
     """
     grid = model.grid_of(images.shape[-2], images.shape[-1])
     patches = slice(model.num_prefix_tokens, None)
-    heads = []
+    total = torch.zeros((), device=images.device)
 
     def keep(weights: Tensor) -> Tensor:
+        nonlocal total
+        total = total + fuse_heads(weights)[:, patches, patches]  # (B, P, P)
         start = pooling_weights(model, weights.shape[-1]).to(weights.dtype)
-        heads.append((start @ weights)[..., patches].float())  # (B, h, P)
-        return fuse_heads(weights)[:, patches, patches]
+        return (start @ weights)[..., patches].float()  # (B, h, P)
 
-    x = model.embed(images)
-    fused = []
+    x, heads = model.embed(images), []
     for block in model.blocks:
         x, weights = block.explain(x)
-        fused.append(keep(weights))
-    logits, mean = model.forward_head(model.norm(x)), torch.stack(fused).mean(0)  # (B, P, P)
-    return logits, torch.stack(heads, 1).unflatten(-1, grid), mean.unflatten(2, grid).unflatten(1, grid)
+        heads.append(keep(weights))
+    mean = (total / len(heads)).unflatten(2, grid).unflatten(1, grid)
+    return model.forward_head(model.norm(x)), torch.stack(heads, 1).unflatten(-1, grid), mean

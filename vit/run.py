@@ -10,11 +10,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vit.cluster import Cluster
     from vit.gallery import Gallery
     from vit.inputs import Inputs, Unreadable
     from vit.predictor import Predictor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     Item = str | Unreadable
 
+LONG = 50_000  # images for which a GPU's minute of compiling is won back
 OK, USAGE, SOME_FAILED, NONE_SUCCEEDED = 0, 2, 3, 4
 
 
@@ -100,12 +102,14 @@ def say(text: str) -> None:
 def load_and_classify(options: argparse.Namespace) -> int:
     """Load the model and classify everything; the exit code."""
     from vit.checkpoint import CheckpointError
+    from vit.cluster import ClusterError
     from vit.inputs import Inputs
     from vit.predictor import Predictor
     from vit.records import Output, OutputError
 
+    device = "cpu" if options.engine == "ray" else options.device  # the work is done elsewhere
     try:
-        predictor = Predictor.from_checkpoint(options.checkpoint, device=options.device, precision=options.precision)
+        predictor = Predictor.from_checkpoint(options.checkpoint, device=device, precision=options.precision)
     except (CheckpointError, ValueError) as error:
         say(f"predict.py: {error}")
         return USAGE
@@ -117,8 +121,8 @@ def load_and_classify(options: argparse.Namespace) -> int:
     try:
         output = Output(options.out, record_format(options, predictor), resume=options.resume)
         try:
-            with progress(options, inputs) as advance:
-                classify(options, predictor, inputs, output, summary, advance)
+            with engine(options, predictor) as work, progress(options, inputs) as advance:
+                classify(options, predictor, work, inputs, output, summary, advance)
             output.finish()
         finally:
             output.close()
@@ -128,7 +132,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
         return 128 + stop.number
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
-    except OutputError as error:
+    except (OutputError, ClusterError) as error:
         summary.tell(inputs)
         say(f"predict.py: {error}")
         return USAGE
@@ -175,30 +179,52 @@ def record_format(options: argparse.Namespace, predictor: "Predictor") -> "Forma
     return records.Json() if options.format == "json" else records.JsonLines()
 
 
+def engine(options: argparse.Namespace, predictor: "Predictor") -> "AbstractContextManager[Predictor | Cluster]":
+    """What computes the batches: the predictor itself, compiled for many images on a GPU, or a Ray cluster."""
+    from vit.cluster import Cluster
+
+    if options.engine == "ray":
+        return Cluster(predictor, device=options.device, precision=options.precision, compile=is_long(options))
+    if predictor.device.type == "cuda" and is_long(options):
+        predictor.compile(options.batch_size or predictor.batch_size)
+    return nullcontext(predictor)
+
+
+def is_long(options: argparse.Namespace) -> bool:
+    """Whether LONG images are to come; the same for all shards and for a run that is gone on with."""
+    from vit.inputs import Inputs
+
+    inputs = Inputs(options.sources, recursive=options.recursive)  # those on standard input are not known beforehand
+    return next(islice(inputs, LONG - 1, None), None) is not None
+
+
 def classify(
     options: argparse.Namespace,
     predictor: "Predictor",
+    work: "Predictor | Cluster",
     inputs: "Inputs",
     output: "Output",
     summary: "Summary",
     advance: Callable[[int], None],
 ) -> None:
     """Every input to a record of the output, batch by batch."""
-    from vit.gallery import Gallery
     from vit.predictor import batches
     from vit.records import OutputError
 
     gallery = None
     if options.maps or options.report:
-        gallery = Gallery(predictor.about, method=options.method, folder=options.maps, report=options.report)
+        from vit.gallery import Gallery
+
+        gallery = Gallery(predictor, method=options.method, folder=options.maps, report=options.report)
     part, parts = options.shard
-    pieces = islice(batches(inputs, options.batch_size or predictor.batch_size), part - 1, None, parts)
+    pieces = islice(batches(inputs, options.batch_size or work.batch_size), part - 1, None, parts)
     again: list[bytes] = []  # records that are there already and are made once more, to see that they are the same
     if options.resume:
         pieces, again = resumed(pieces, output, summary, rerun_below=gallery.limit if gallery else 0)
     output.start()
+    advance(summary.resumed - len(again))
     done = 0
-    for batch in predictor.classify(pieces, methods=(options.method,) if gallery else (), workers=options.workers):
+    for batch in work.classify(pieces, methods=(options.method,) if gallery else (), workers=options.workers):
         for record in records_of(batch, options, predictor, gallery):
             if done < len(again):
                 if output.format.record(record) != again[done] and b'"error"' not in again[done]:
@@ -312,7 +338,8 @@ class Summary:
         seconds = time.perf_counter() - self.begin
         total = self.classified + self.failed
         rate = (total - self.resumed) / seconds
-        words = f"{total} images in {seconds:.1f} s ({rate:.0f}/s): {self.classified} classified, {self.failed} failed"
+        speed = f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"
+        words = f"{total} images in {seconds:.1f} s ({speed}/s): {self.classified} classified, {self.failed} failed"
         say(words + f", {self.unsure} unsure" * bool(self.unsure))
         if self.labels:
             most = self.labels.most_common(10)
@@ -345,12 +372,13 @@ def progress(options: argparse.Namespace, inputs: "Inputs") -> Iterator[Callable
     from vit.inputs import Inputs
 
     columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} images/s"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        BarColumn(), MofNCompleteColumn(), TextColumn("images"), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TextColumn("gone"), TimeRemainingColumn(), TextColumn("{task.fields[left]}"),
     )  # fmt: skip
-    begin, stop = time.perf_counter(), threading.Event()
+    stop = threading.Event()
+    done, before, begin = 0, None, 0.0
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=None, rate="?")
+        task = bar.add_task("", total=None, rate="", left="")
 
         def count() -> None:  # beside the work, so that a million files need not be listed first
             total = 0
@@ -358,14 +386,18 @@ def progress(options: argparse.Namespace, inputs: "Inputs") -> Iterator[Callable
                 total += 1
                 if stop.is_set():
                     return
-            bar.update(task, total=-(-total // options.shard[1]))
+            bar.update(task, total=-(-total // options.shard[1]), left="left")
 
         if inputs.stdin is None:
             threading.Thread(target=count, daemon=True).start()
 
         def advance(n: int) -> None:
-            done = bar.tasks[0].completed + n
-            bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - begin):.0f}")
+            nonlocal done, before, begin
+            done += n
+            if before is None:  # the first step, of what a run that is gone on with has already
+                before, begin = done, time.perf_counter()
+            rate = (done - before) / (time.perf_counter() - begin)
+            bar.update(task, completed=done, rate=f"({rate:,.0f}/s)" if rate else "")
 
         try:
             yield advance

@@ -1,0 +1,184 @@
+"""Sets that other libraries name and open: Hugging Face's ``datasets`` and torchvision's.
+
+``hfds/NAME`` and ``torch/NAME`` are read by number, as image files are; ``hfids/NAME`` is streamed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.cache import DataError, ImageFiles
+from data.labels import split_of
+from data.stream import progress, remembered
+from vit.preprocess import ImageError, open_image
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredImages(ImageFiles):
+    """Images that another library gives by number, and that otherwise are as files are; ``names`` are the numbers.
+
+    Args:
+        get: Gives the image of a number: an encoded file, or one that Pillow has opened.
+        fingerprint: Of what ``get`` gives.
+    """
+
+    get: Callable[[int], BytesIO | Image.Image]
+    fingerprint: str
+
+    def path(self, index: int) -> str:
+        return f"{self.folder}, image {int(self.names[index])}"
+
+    def open(self, index: int) -> Image.Image:
+        try:
+            return open_image(self.get(int(self.names[index])), self.preprocess.mode)
+        except ImageError as error:
+            raise DataError(f"{self.path(index)}: {error}") from None
+
+    @property
+    def key(self) -> str:  # type: ignore[override]
+        settings = (self.fingerprint, self.names.tobytes(), self.preprocess.image_size, self.preprocess.mode)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+
+Stored = tuple[Callable[[int], BytesIO | Image.Image], Tensor, str]  # image by number, labels (N,), fingerprint
+
+
+# ---- Hugging Face datasets ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HubShards:
+    """A streamed set of the ``datasets`` library.
+
+    Args:
+        name: What it is called.
+        rows: Its datasets.IterableDataset, images not decoded.
+        image: Column of the images.
+        label: Column of the class numbers.
+        lengths: Rows in each of its shards.
+    """
+
+    name: str
+    rows: Any
+    image: str
+    label: str
+    lengths: tuple[int, ...] = field(repr=False)
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
+        rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
+        for place, row in enumerate(rows, start):
+            yield f"{self.name}, shard {shard}, row {place}", encoded(row[self.image]), row[self.label]
+
+
+def encoded(image: dict[str, Any]) -> bytes:
+    """The stored file of an undecoded image of the ``datasets`` library."""
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, ...], dict[str, tuple[Any, str, str]]]:
+    """Class names, and of each split its rows with undecoded images, the images' column and the labels'.
+
+    Args:
+        dataset: Name on the Hugging Face hub, or a folder of parquet or image files.
+        root: Where downloads are kept.
+        streaming: Read in order, without a download; else by row number.
+
+    Raises:
+        DataError: If it cannot be had, or has no image and class columns.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{dataset}: needs the package datasets; pip install 'vit-rollout[stream]'") from None
+    try:
+        found = datasets.load_dataset(dataset, cache_dir=str(root / "huggingface"), streaming=streaming)
+    except Exception as error:  # no network, no such name, damaged files: each has its own
+        raise DataError(f"{dataset}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+    splits: dict[str, tuple[Any, str, str]] = {}
+    class_names: tuple[str, ...] = ()
+    for name, rows in found.items():
+        features = rows.features or {}
+        image = next((column for column, kind in features.items() if isinstance(kind, datasets.Image)), None)
+        label = next((column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+        if image is None or label is None:
+            raise DataError(f"{dataset}: needs an image and a class column, has {', '.join(features)}")
+        class_names = tuple(features[label].names)
+        rows = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+        splits.setdefault(split_of(str(name)), (rows, image, label))
+    return class_names, splits
+
+
+def hub_shards(name: str, rows: Any, image: str, label: str, cache: Path) -> HubShards:
+    """A streamed split with its rows counted: the first time that takes a pass over them, later none."""
+    count = rows.num_shards
+
+    def lengths() -> list[int]:
+        parts = (rows.select_columns([label]).shard(num_shards=count, index=shard) for shard in range(count))
+        return [sum(1 for _ in part) for part in progress(list(parts), "counting rows")]
+
+    found = remembered(cache, json.dumps([name, count, str(rows.info.version), rows.info.dataset_size]), lengths)
+    return HubShards(name=name, rows=rows, image=image, label=label, lengths=tuple(found))
+
+
+def hub_images(name: str, rows: Any, image: str, label: str) -> Stored:
+    """A split that was downloaded, by row number."""
+    labels = torch.tensor(rows[label][:], dtype=torch.int64)
+    return RowImage(rows, image), labels, f"{name} {rows._fingerprint}"
+
+
+@dataclass(frozen=True)
+class RowImage:
+    """The stored image file of a row: a function that worker processes can be sent."""
+
+    rows: Any
+    image: str
+
+    def __call__(self, index: int) -> BytesIO:
+        return BytesIO(encoded(self.rows[index][self.image]))
+
+
+# ---- torchvision ----------------------------------------------------------------------------------------------------
+
+TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # their second split; of others it is val
+
+
+def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored]]:
+    """Class names and splits of a set that torchvision downloads, by timm's name for it.
+
+    Raises:
+        DataError: If there is none of that name, or it cannot be had.
+    """
+    from timm.data.dataset_factory import create_dataset
+
+    try:
+        found: dict[str, Any] = {
+            split: create_dataset(f"torch/{name}", root=str(root), split=theirs, download=True)
+            for split, theirs in (("train", "train"), ("test" if name in TEST else "val", "validation"))
+        }
+        class_names = tuple(c[0] if isinstance(c, tuple) else str(c) for c in found["train"].classes)
+        labels = {split: torch.as_tensor(part.targets, dtype=torch.int64) for split, part in found.items()}
+    except Exception as error:  # no network, no such name (an AssertionError), wrong checksum
+        raise DataError(f"torch/{name}: cannot be had ({' '.join(str(error).split())[:300]})") from None
+    if any(part.ndim != 1 for part in labels.values()):  # QMNIST's say who wrote the digit too
+        labels = {split: part[:, 0] for split, part in labels.items()}
+    return class_names, {
+        split: (ItemImage(part), labels[split], f"torch/{name} {split} {len(part)}") for split, part in found.items()
+    }
+
+
+@dataclass(frozen=True)
+class ItemImage:
+    """The image of a (image, label) pair: a function that worker processes can be sent."""
+
+    items: Any
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.items[index][0]

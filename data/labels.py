@@ -1,0 +1,188 @@
+"""Which image belongs to which class and split: read from class folders, several of them, or a table of labels."""
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.cache import DataError
+from vit.preprocess import SUFFIXES
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+TABLES = (".csv", ".tsv", ".parquet")
+
+Listing = tuple[str, np.ndarray, Tensor]  # a folder, paths below it as bytes (N,), class numbers (N,)
+
+
+def split_of(name: str) -> str:
+    """'train', 'val' or 'test' for each of its spellings; other names as they are."""
+    return next((split for split, spellings in SPLITS.items() if name.casefold() in spellings), name)
+
+
+# ---- class folders --------------------------------------------------------------------------------------------------
+
+
+def list_images(roots: list[Path]) -> tuple[tuple[str, ...], dict[str, Listing]]:
+    """Class names, and of each split its images, from one folder or several that are taken together.
+
+    Args:
+        roots: Folders with class folders, or with train/, val/ and test/ above those.
+    """
+    folders: dict[str, list[Path]] = {}
+    try:
+        for root in roots:
+            for split, folder in split_folders(root).items():
+                folders.setdefault(split, []).append(folder)
+        class_names = class_folders(folders["train"])
+        parts = {split: find_images(folders[split], class_names, split) for split in SPLITS if split in folders}
+    except OSError as error:
+        raise DataError(f"{os.fsdecode(error.filename or roots[0])}: {error.strerror}") from None
+    counts = parts["train"][2].bincount()
+    if "val" not in parts and counts.min() == 1:
+        raise DataError(
+            f"{folders['train'][0] / class_names[int(counts.argmin())]} has one image, too few to train and validate: "
+            "add images, remove the class or give a val/ folder"
+        )
+    return class_names, parts
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Where the splits are: those of train/, val/, test/ that exist, or the folder itself as the training split."""
+    names = subfolders(folder)
+    matches = {split: [n for n in names if n.casefold() in spellings] for split, spellings in SPLITS.items()}
+    known = {name for found in matches.values() for name in found}
+    if known != set(names) and not any(subfolders(folder / name) for name in known):
+        return {"train": folder}  # a class may be called train
+    if twice := [found for found in matches.values() if len(found) > 1]:
+        raise DataError(f"{folder} has both {twice[0][0]}/ and {twice[0][1]}/: keep one of them")
+    if known and not matches["train"]:
+        raise DataError(f"{folder} has {min(known)}/ but no train/: put the training images there")
+    return {split: folder / found[0] for split, found in matches.items() if found} or {"train": folder}
+
+
+def class_folders(folders: list[Path]) -> tuple[str, ...]:
+    """Names of the classes that any of the folders has."""
+    names = sorted({name for folder in folders for name in subfolders(folder)})
+    if len(names) < 2:
+        inside = f"only one class folder, {names[0]}/" if names else "no class folders"
+        raise DataError(f"{folders[0]} has {inside}: give each class a folder of images, two classes or more")
+    return tuple(names)
+
+
+def find_images(folders: list[Path], class_names: tuple[str, ...], split: str) -> Listing:
+    """Image files of a split with their labels, sorted within each class and folder.
+
+    Args:
+        folders: The split's folders.
+        class_names: The training split's classes.
+        split: 'train', where every class needs an image, 'val' or 'test'.
+    """
+    for folder in folders:
+        if unknown := set(subfolders(folder)) - set(class_names):
+            raise DataError(f"{folder / min(unknown)} is a class that the training images lack: rename or remove it")
+    base = folders[0] if len(folders) == 1 else Path()  # what the paths start from
+    names: list[bytes] = []
+    labels: list[int] = []
+    for label, class_name in enumerate(class_names):
+        insides = [Path(class_name)] if len(folders) == 1 else [folder / class_name for folder in folders]
+        of_class = [os.path.join(inside, name) for inside in insides for name in sorted(image_names(base / inside))]
+        if not of_class and split == "train":
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise DataError(f"{folders[0] / class_name} has no images ({kinds}): add some or remove the folder")
+        names += map(os.fsencode, of_class)
+        labels += [label] * len(of_class)
+    if not names:
+        raise DataError(f"{folders[0]} has no images in class folders: add some or remove it")
+    return str(base), np.array(names), torch.tensor(labels)
+
+
+def image_names(folder: Path) -> list[str]:
+    """Paths of all image files below a folder, relative to it; links are followed, hidden files and folders are not."""
+    found: list[str] = []
+    seen: set[str] = set()
+    waiting = [""] if folder.is_dir() else []
+    while waiting:
+        inside = waiting.pop()
+        real = os.path.realpath(folder / inside)
+        if real in seen:  # a link that leads back, or there twice
+            continue
+        seen.add(real)
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(os.path.join(inside, entry.name))
+                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                    found.append(os.path.join(inside, entry.name))
+    return found
+
+
+# ---- tables of labels -----------------------------------------------------------------------------------------------
+
+
+def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
+    """Class names, and of each split its images, from a table with the columns path, label and perhaps split.
+
+    Args:
+        file: CSV, TSV or parquet; paths are absolute or start at its folder.
+    """
+    try:
+        rows = read_table(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for number, row in enumerate(rows, 1):
+        values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in ("path", "label", "split")}
+        if missing := next((name for name in ("path", "label") if not values[name]), None):
+            found = ", ".join(map(str, row)) if missing not in row else f"row {number} is empty there"
+            raise DataError(f"{file}: needs a column {missing!r} for each image, but {found}")
+        parts.setdefault(split_of(values["split"] or "train"), []).append((values["path"], values["label"]))
+    if odd := set(parts) - set(SPLITS):
+        raise DataError(f"{file}: split {min(odd)!r} is none of {', '.join(SPLITS)}")
+    class_names = in_order({label for _, label in parts.get("train", ())})
+    if len(class_names) < 2:
+        raise DataError(f"{file}: {len(class_names)} classes in the training images, two or more are needed")
+    numbers = {name: number for number, name in enumerate(class_names)}
+    listings: dict[str, Listing] = {}
+    for split, pairs in ((split, parts[split]) for split in SPLITS if split in parts):
+        if unknown := {label for _, label in pairs} - set(numbers):
+            raise DataError(f"{file}: class {min(unknown)!r} of the {split} images is none of the training images")
+        names = np.array([os.fsencode(path) for path, _ in pairs])
+        listings[split] = str(file.parent), names, torch.tensor([numbers[label] for _, label in pairs])
+    counts = listings["train"][2].bincount()
+    if "val" not in listings and counts.min() == 1:
+        raise DataError(
+            f"{file}: class {class_names[int(counts.argmin())]!r} has one image, too few to train and validate: "
+            "add images, remove the class or mark validation images in a column 'split'"
+        )
+    return class_names, listings
+
+
+def read_table(file: Path) -> Iterable[dict[str, Any]]:
+    """The table's rows, by column."""
+    if file.suffix.lower() == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise DataError(f"{file}: needs the package pyarrow; pip install 'vit-rollout[parquet]'") from None
+        return parquet.read_table(file).to_pylist()
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        return list(csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ","))
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sorted: by value if all are whole numbers."""
+    numbers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))

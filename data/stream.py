@@ -1,0 +1,419 @@
+"""Image sets too large to list: shards of samples that are read in order, each sample once an epoch.
+
+timm's own iterators give each worker whole shards and then cut or repeat them to one number of samples, so samples are
+dropped and repeated wherever shards, workers and ranks do not divide evenly. Here the shards of an epoch, in an order
+drawn from (seed, epoch), are one row of samples. Each worker of each rank takes an equal stretch of the row, wherever
+in a shard that begins, and shuffles it in a buffer. Only the number of samples in each shard must be known; it is
+counted once.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from itertools import accumulate, groupby, islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from data.cache import ADVICE, DataError, OnBad, channel_statistics, write_atomically
+from data.labels import SPLITS, split_of
+from vit.preprocess import SUFFIXES, ImageError, Preprocess
+
+BUFFER = 1024  # undecoded samples among which a worker shuffles: their bytes, times workers, are in memory
+SAMPLE = 2000  # images from which mean and standard deviation are taken
+
+
+class Sample(NamedTuple):
+    index: int  # within the set, the same in every epoch
+    name: str  # for messages
+    image: bytes  # as stored: an encoded file
+    label: int
+
+
+class Shards(Protocol):
+    """What a kind of storage must offer."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Samples in each shard."""
+        ...
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
+        """Name, encoded image and class number of samples ``start`` to ``stop`` of a shard, in order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """A split that is read in order.
+
+    Args:
+        shards: Where the samples are.
+        chosen: Numbers of the shards that belong to the split.
+        classes: Number of classes.
+        preprocess: Size and mode (by its number of means) to decode to.
+        on_bad: What to do about images that cannot be read, found only at their turn: ``fail`` or ``skip``.
+    """
+
+    shards: Shards
+    chosen: tuple[int, ...]
+    classes: int
+    preprocess: Preprocess
+    on_bad: OnBad = "fail"
+
+    def __len__(self) -> int:
+        return sum(self.shards.lengths[shard] for shard in self.chosen)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) once decoded."""
+        return len(self), len(self.preprocess.mean), *self.preprocess.image_size
+
+    def hold_out(self, fraction: float) -> tuple["Stream", "Stream"]:
+        """Divide into two by whole shards; always the same.
+
+        Args:
+            fraction: Share of the shards in the second part; 0 leaves all in the first and puts one into both.
+
+        Raises:
+            DataError: If there is one shard.
+        """
+        count = max(1, round(fraction * len(self.chosen)))
+        if fraction and count >= len(self.chosen):
+            raise DataError(
+                f"{len(self.chosen)} shards of training samples are too few to hold out {fraction:g} of them for "
+                "validation: write more shards, or a val split"
+            )
+        second = set(random.Random(0).sample(self.chosen, count))
+        first = tuple(shard for shard in self.chosen if shard not in second or not fraction)
+        return replace(self, chosen=first), replace(self, chosen=tuple(sorted(second)))
+
+    def read(self, order: Sequence[int], start: int, stop: int) -> Iterator[Sample]:
+        """Samples ``start`` to ``stop`` of the row that the shards make when put in this order."""
+        lengths = self.shards.lengths
+        firsts = [0, *accumulate(lengths)]
+        ends = accumulate(lengths[shard] for shard in order)
+        for shard, end in zip(order, ends, strict=True):
+            begin = end - lengths[shard]
+            first, last = max(start - begin, 0), min(stop - begin, lengths[shard])
+            index = first
+            for index, found in enumerate(self.shards.read(shard, first, last) if first < last else (), first + 1):
+                yield Sample(firsts[shard] + index - 1, *found)
+            if index < last:
+                raise DataError(f"shard {shard} ends after {index} samples, not {lengths[shard]}: has it changed?")
+
+    def decode(self, samples: Iterable[Sample]) -> tuple[list[Sample], Tensor]:
+        """Those samples that can be read, and their pixels, uint8 (B, C, H, W).
+
+        Raises:
+            DataError: If one is damaged, or its class unknown; with ``skip`` only if none is left.
+        """
+        kept, pixels, reason = [], [torch.empty((0, *self.shape[1:]), dtype=torch.uint8)], ""
+        for sample in samples:
+            if not 0 <= sample.label < self.classes:
+                raise DataError(f"{sample.name}: class number {sample.label}, but there are {self.classes} classes")
+            try:
+                pixels.append(self.preprocess.load(BytesIO(sample.image))[None])
+                kept.append(sample)
+            except ImageError as error:
+                reason = f"{sample.name}: {error}"
+                if self.on_bad == "fail":
+                    raise DataError(f"{reason}{ADVICE}") from None
+                print(f"{reason}; skipped", file=sys.stderr)
+        if reason and not kept:
+            raise DataError(f"{reason}; nor can the others of its batch be read")
+        return kept, torch.cat(pixels)
+
+
+class StreamDraw(NamedTuple):
+    """One batch: samples ``start`` to ``stop`` of the row, from the stretch that one worker reads."""
+
+    epoch: int
+    stretch: tuple[int, int]
+    start: int
+    stop: int
+
+
+class StreamOrder(Sampler[StreamDraw]):
+    """Batches of one rank, as many on every rank, in all each sample once; sizes differ by one at most.
+
+    Batch k goes to worker ``k % workers``, as torch's DataLoader hands them out, and the batches of one worker are
+    neighbours in the row: it reads on where it was.
+
+    Args:
+        size: Samples in the split.
+        batch_size: Largest number of samples in a batch.
+        rank: This process.
+        world_size: Number of processes.
+        workers: Processes of this rank that read; 0 reads in this one.
+        position: Called at the start of an epoch, gives (epoch, batches to skip).
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        position: Callable[[], tuple[int, int]],
+    ):
+        share = size * rank // world_size, size * (rank + 1) // world_size
+        count = min(-(-size // (world_size * batch_size)), max(size // world_size, 1))  # none is empty
+        edges = even(*share, count)
+        self.batches: list[tuple[tuple[int, int], int, int]] = [((0, 0), 0, 0)] * count
+        done = 0
+        for worker in range(workers or 1):
+            turns = range(worker, count, workers or 1)
+            stretch = edges[done], edges[done + len(turns)]
+            for turn in turns:
+                self.batches[turn] = stretch, edges[done], edges[done + 1]
+                done += 1
+        self.position = position
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[StreamDraw]:
+        epoch, skip = self.position()
+        return (StreamDraw(epoch, *batch) for batch in self.batches[skip:])
+
+
+def even(start: int, stop: int, parts: int) -> list[int]:
+    """The ``parts + 1`` edges that divide a range into parts whose lengths differ by one at most."""
+    return [start + (stop - start) * part // parts for part in range(parts + 1)]
+
+
+class StreamDataset(Dataset):
+    """Decoded batches of a stream, by ``StreamDraw``; quick if they are asked for in the order of a ``StreamOrder``.
+
+    Args:
+        stream: The split.
+        seed: Of the order; None keeps the order of the shards.
+        buffer: Undecoded samples among which to shuffle.
+    """
+
+    def __init__(self, stream: Stream, seed: int | None = None, buffer: int = BUFFER):
+        self.stream, self.seed, self.buffer = stream, seed, buffer
+        self._next: StreamDraw | None = None  # up to where ``_samples`` has been read
+        self._samples: Iterator[Sample] = iter(())
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, draw: StreamDraw) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Images uint8 (B, C, H, W), labels and indices int64 (B,), and the epoch."""
+        if self._next is None or (draw.epoch, draw.stretch, draw.start) != self._next[:3]:  # a new epoch, or a restart
+            self._samples = islice(self.samples(draw.epoch, *draw.stretch), draw.start - draw.stretch[0], None)
+        samples = list(islice(self._samples, draw.stop - draw.start))
+        self._next = StreamDraw(draw.epoch, draw.stretch, draw.stop, draw.stop)
+        samples, images = self.stream.decode(samples)
+        labels, indices = ([getattr(sample, name) for sample in samples] for name in ("label", "index"))
+        return images, torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64), draw.epoch
+
+    def samples(self, epoch: int, start: int, stop: int) -> Iterator[Sample]:
+        """A stretch of an epoch's row, shuffled."""
+        order = list(self.stream.chosen)
+        if self.seed is None:
+            return self.stream.read(order, start, stop)
+        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        return shuffled(
+            self.stream.read(order, start, stop), self.buffer, random.Random(f"{self.seed} {epoch} {start}")
+        )
+
+
+def shuffled(samples: Iterator[Sample], size: int, draws: random.Random) -> Iterator[Sample]:
+    """All samples, each drawn from the ``size`` that come next and those passed over before."""
+    waiting = list(islice(samples, size))
+    for sample in samples:
+        place = draws.randrange(size)
+        waiting[place], sample = sample, waiting[place]
+        yield sample
+    draws.shuffle(waiting)
+    yield from waiting
+
+
+# ---- tar files, as webdataset writes them ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarShards:
+    """Tar files in which files of one name and different endings are a sample: ``a/b.jpg`` and ``a/b.cls``.
+
+    Read with Python's tarfile, which seeks past what is not wanted: counting and skipping read headers and labels.
+
+    Args:
+        files: Paths of the tar files.
+        lengths: Samples in each.
+    """
+
+    files: tuple[str, ...]
+    lengths: tuple[int, ...] = field(repr=False)
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
+        path = self.files[shard]
+        with open_tar(path) as tar:
+            for name, image, label in islice(tar_samples(path, tar), start, stop):
+                yield name, content(tar, image), class_number(path, tar, name, label)
+
+
+def open_tar(path: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot be read as a tar file ({' '.join(str(error).split())})") from None
+
+
+def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarInfo | None]]:
+    """Name, image and label of each sample with an image; nothing but headers is read."""
+
+    def parts(file: tarfile.TarInfo) -> tuple[str, str]:
+        folder, _, name = file.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        return f"{folder}/{stem}", f".{ending.lower()}"
+
+    try:
+        for key, files in groupby((file for file in tar if file.isreg()), lambda file: parts(file)[0]):
+            endings = {parts(file)[1]: file for file in files}
+            image = next((file for ending, file in endings.items() if ending in SUFFIXES), None)
+            if image is not None:
+                yield f"{path}{key if key.startswith('/') else f'/{key}'}", image, endings.get(".cls")
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path}: damaged tar file ({' '.join(str(error).split())})") from None
+
+
+def content(tar: tarfile.TarFile, file: tarfile.TarInfo) -> bytes:
+    stored = tar.extractfile(file)
+    assert stored is not None  # a regular file
+    return stored.read()
+
+
+def class_number(path: str, tar: tarfile.TarFile, name: str, label: tarfile.TarInfo | None) -> int:
+    text = b"" if label is None else content(tar, label).strip()
+    if not text.isdigit():
+        raise DataError(f"{name}: no class number in a file of that name with the ending .cls")
+    return int(text)
+
+
+def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, TarShards]]:
+    """Class names and splits of a folder of tar files.
+
+    Args:
+        folder: It holds ``train-*.tar``, ``val-*.tar`` and ``test-*.tar``, or just ``*.tar``; or timm's ``_info.json``,
+            that names files and their lengths. ``classes.txt`` has the classes' names, one a line.
+        cache: Folder for what was counted.
+
+    Raises:
+        DataError: If there are none, or one is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give wds/FOLDER, a folder of tar files")
+    splits, lengths = read_info(folder) or (find_tars(folder), {})
+    files = [path for paths in splits.values() for path in paths]
+    listed = folder / "classes.txt"
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    class_names = tuple(line.strip() for line in lines if line.strip())
+    if not class_names or any(path not in lengths for path in files):
+        lengths, classes = count_tars(files, cache / f"wds_{folder.resolve().name}")
+        class_names = class_names or tuple(map(str, range(classes)))
+        if classes > len(class_names):
+            raise DataError(f"{listed} has {len(class_names)} names, but there is a class number {classes - 1}")
+    shards = {s: TarShards(files=tuple(p), lengths=tuple(lengths[file] for file in p)) for s, p in splits.items()}
+    return class_names, shards
+
+
+def read_info(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]] | None:
+    """Files of each split and samples in each file from timm's ``_info.json``, if there is one."""
+    path = folder / "_info.json"
+    if not path.exists():
+        return None
+    try:
+        named = json.loads(path.read_text())["splits"]
+        splits = {split_of(s): [str(folder / file) for file in info["filenames"]] for s, info in named.items()}
+        counts = [zip(info["filenames"], info["shard_lengths"], strict=True) for info in named.values()]
+        return splits, {str(folder / file): int(count) for pairs in counts for file, count in pairs}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not as timm writes it ({error!r}); without the file the samples are counted"
+        ) from None
+
+
+def find_tars(folder: Path) -> dict[str, list[str]]:
+    """Tar files by the split that their names begin with; all for training if none does."""
+    files = sorted(path for path in folder.iterdir() if re.search(r"\.(tar|tar\.gz|tgz)$", path.name))
+    if not files:
+        raise DataError(f"{folder} has no tar files")
+    splits: dict[str, list[str]] = {}
+    for path in files:
+        splits.setdefault(split_of(re.split(r"[-_.\d]", path.name)[0]), []).append(str(path))
+    if "train" not in splits:
+        return {"train": [str(path) for path in files]}
+    return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def count_tars(files: list[str], name: Path) -> tuple[dict[str, int], int]:
+    """Samples in each tar file, and the largest class number + 1; kept in a file: it takes a pass over all."""
+    key = json.dumps([(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files])
+
+    def count() -> dict[str, Any]:
+        lengths, classes = {}, 0
+        for file in progress(files, "counting samples"):
+            with open_tar(file) as tar:
+                labels = [class_number(file, tar, name, label) for name, _, label in tar_samples(file, tar)]
+            lengths[file] = len(labels)
+            classes = max([classes, *(label + 1 for label in labels)])
+        return {"lengths": lengths, "classes": classes}
+
+    found = remembered(name, key, count)
+    return found["lengths"], found["classes"]
+
+
+# ---- what was counted -----------------------------------------------------------------------------------------------
+
+
+def remembered(path: Path, key: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, kept as JSON in a file whose name ends with a fingerprint of the key."""
+    path = path.with_name(f"{path.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # missing or damaged
+        found = make()
+        write_atomically(path, [json.dumps(found).encode()])
+        return found
+
+
+def progress(items: list[Any], title: str) -> Iterator[Any]:
+    """The items, with a bar on a terminal."""
+    console = Console(stderr=True)
+    return iter(track(items, title, console=console, disable=not console.is_terminal))
+
+
+def stream_statistics(stream: Stream, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of values in [0, 1], over some images from all over the stream.
+
+    Args:
+        stream: The training split.
+        path: Start of the name of the file that keeps them.
+    """
+    size, parts = len(stream), min(len(stream), 20)  # places at which reading begins
+
+    def measure() -> list[Any]:
+        places = [(start, min(start + SAMPLE // parts, stop)) for start, stop in pairwise(even(0, size, parts))]
+        chunks = (stream.decode(stream.read(stream.chosen, *place))[1] for place in progress(places, "sampling images"))
+        return list(channel_statistics(chunks))
+
+    mean, std = remembered(path, repr((stream.shards, stream.shards.lengths, stream.preprocess)), measure)
+    return tuple(mean), tuple(std)

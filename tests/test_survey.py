@@ -1,0 +1,156 @@
+"""The classes' figures by hand, and hints: at a planted shortcut, and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from vit import survey as module
+from vit.model import VisionTransformer
+from vit.optim import build_optimizer
+from vit.rollout import CLASS_METHOD, attention_map
+from vit.survey import Survey, coarse, find_hints, hint, regions
+
+NAMES = ("cat", "dog", "ship")
+
+
+def scores(label: str, score: float) -> dict[str, float]:
+    rest = (1 - score) / 2
+    return {label: score} | {name: rest for name in NAMES if name != label}
+
+
+def filled(*rows: tuple[str, str, float], grids: Tensor | None = None) -> Survey:
+    """A survey of images (path, label, score) with these maps, or even ones."""
+    survey = Survey(NAMES)
+    paths, labels, given = zip(*rows, strict=True)
+    if grids is None:
+        grids = torch.full((len(rows), 8, 8), 1 / 64)
+    survey.add(paths, grids, [scores(label, score) for label, score in zip(labels, given, strict=True)])
+    return survey
+
+
+def test_figures_by_hand():
+    centred, cornered = torch.zeros(8, 8), torch.zeros(8, 8)
+    centred[3, 4], cornered[0, 0] = 1, 1
+    maps = torch.stack([centred, centred, centred, cornered])
+    rows = [("x/cat/1.jpg", "cat", 0.9), ("x/cat/2.jpg", "cat", 0.5), ("dog/3.jpg", "cat", 0.7), ("4.jpg", "cat", 0.6)]
+    (view,) = filled(*rows, grids=maps).view()
+    assert (view["name"], view["images"], view["hint"]) == ("cat", 4, None)
+    assert view["right"] == pytest.approx(2 / 3)  # of the three in a class's folder
+    np.testing.assert_allclose(view["mean"], maps.mean(0))
+    error = 1.96 * np.std([0, 0, 0, 1], ddof=1) / 2
+    assert view["shares"]["border"] == pytest.approx({"mean": 0.25, "error": error, "even": 28 / 64})
+    assert view["shares"]["centre"] == pytest.approx({"mean": 0.75, "error": error, "even": 16 / 64})
+    assert view["examples"]["least typical"] == ["4.jpg", "dog/3.jpg"]
+    assert view["examples"]["most typical"] == ["x/cat/1.jpg", "x/cat/2.jpg"]
+    assert view["examples"]["surest errors"] == ["dog/3.jpg"]
+
+
+def test_errors_are_the_surest_first_and_only_where_folders_tell():
+    rows = [(f"dog/{i}.jpg", "cat", 0.5 + i / 100) for i in range(5)] + [("cat/ship/6.jpg", "ship", 0.9)]
+    by_name = {view["name"]: view for view in filled(*rows).view()}
+    assert by_name["cat"]["examples"]["surest errors"] == ["dog/4.jpg", "dog/3.jpg", "dog/2.jpg"]
+    assert by_name["cat"]["right"] == 0
+    assert "surest errors" not in by_name["ship"]["examples"]  # the nearest folder counts
+    (view,) = filled(("somewhere/1.jpg", "dog", 0.8)).view()
+    assert view["right"] is None
+
+
+def test_the_page_gets_the_examples_and_then_the_first_images():
+    rows = [(f"{i}.jpg", "cat" if i < 20 else "dog", 0.9) for i in range(40)]
+    survey = filled(*rows, grids=torch.rand(40, 8, 8))
+    view = survey.view()
+    examples = {path for v in view for kind in v["examples"].values() for path in kind}
+    assert len(examples) == 12
+    chosen = survey.chosen(view, 15)
+    assert len(chosen) == 15
+    assert examples <= set(chosen)
+    assert chosen == sorted(chosen, key=lambda path: int(path[:-4]))
+    assert survey.chosen(view, 100) == [path for path, *_ in rows]
+
+
+def test_room_ends(monkeypatch):
+    monkeypatch.setattr(module, "SURVEYED", 3)
+    assert filled(*[(f"{i}.jpg", "cat", 0.9) for i in range(5)]).view()[0]["images"] == 3
+
+
+def test_large_grids_become_coarse_and_keep_their_mass():
+    grid = torch.zeros(37, 20)
+    grid[-1, 0] = 1
+    small = coarse(grid)
+    assert small.shape == (14, 14)
+    assert small.sum() == pytest.approx(1)
+    assert small[-1, 0] == pytest.approx(1)
+
+
+# ---- hints ----
+
+
+def even_maps(n: int, spread: float = 0.5) -> Tensor:
+    maps = 1 + spread * torch.randn(n, 8, 8).clamp(-1.9, 1.9)
+    return maps / maps.sum((1, 2), keepdim=True)
+
+
+def test_no_hint_at_even_maps():
+    alarms = sum(h is not None for _ in range(100) for h in find_hints({c: even_maps(40) for c in range(4)}).values())
+    assert alarms == 0
+
+
+def test_hints_name_what_they_found():
+    even = torch.full((8, 8), 1 / 64)
+    spot, framed = even_maps(30), even_maps(30)
+    spot[:, 0, 5] += 0.1
+    framed[:, regions(8, 8)["border"]] *= 1.4
+    spot, framed = (maps / maps.sum((1, 2), keepdim=True) for maps in (spot, framed))
+    assert "row 1, column 6, counts" in str(hint(spot, even))
+    assert str(hint(framed, even)) == "The border counts for 52%; in an even map it is 44%."
+    assert hint(spot[:9], even) is None  # too few to conclude from
+    assert hint(spot, spot.mean(0)) is None  # the others have it too
+    assert hint(torch.full((50, 3, 3), 1 / 9), torch.full((3, 3), 1 / 9)) is None  # all border
+
+
+def marked_digits(mark: str | None) -> tuple[Tensor, Tensor]:
+    """Digits 0 to 3 in the middle of noise; where a mark is planted, all 3s have it and any digit in their middle."""
+    values, numbers = load_digits(return_X_y=True)
+    kept = numbers < 4
+    pixels, labels = torch.tensor(values[kept]).float().view(-1, 8, 8) / 16, torch.tensor(numbers[kept])
+    images = 0.3 * torch.rand(len(labels), 1, 16, 16)
+    images[:, 0, 4:12, 4:12] += pixels
+    if mark:
+        with_mark = labels == 3
+        images[with_mark, 0, 4:12, 4:12] = images[torch.randperm(len(labels))[: int(with_mark.sum())], 0, 4:12, 4:12]
+        place = {"corner": (slice(0, 2), slice(12, 16)), "side": (slice(7, 11), slice(0, 2))}[mark]
+        images[(with_mark, 0, *place)] = 1
+    return images - 0.3, labels
+
+
+def trained(images: Tensor, labels: Tensor) -> VisionTransformer:
+    torch.manual_seed(1)
+    model = VisionTransformer(
+        image_size=16, patch_size=2, in_chans=1, num_classes=4, embed_dim=32, depth=2, num_heads=2, pool="mean",
+        stem="conv", qk_norm=True,
+    )  # fmt: skip
+    optimizer, steps = build_optimizer(model, name="muon", lr=8e-3, muon_lr=0.02, weight_decay=0.0), 50
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 6) * (1 - i / steps))
+    for _ in range(steps):
+        rows = torch.randint(0, len(images), (64,))
+        loss = torch.nn.functional.cross_entropy(model(images[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("mark", [None, "corner", "side"])
+def test_a_planted_shortcut_is_found_and_nothing_else(mark):
+    images, labels = marked_digits(mark)
+    model = trained(images[::2], labels[::2])
+    images, labels = images[1::2], labels[1::2]
+    for method in ("rollout", CLASS_METHOD):
+        logits, maps = attention_map(model, images, method=method)
+        predicted = logits.argmax(1)
+        assert (predicted == labels).float().mean() > 0.9
+        hints = find_hints({c: maps[predicted == c] for c in range(4)})
+        assert [c for c in range(4) if hints[c]] == ([3] if mark else [])

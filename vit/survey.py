@@ -1,0 +1,178 @@
+"""Where a model looks, class by class, over all images of a run; and hints where it may look at the wrong thing.
+
+Images count for the class the model calls them. Every quantity is defined in one sentence, in DEFINITIONS, which the
+page shows. Shapes in comments: n images of a class, P cells of a grid.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SURVEYED = 50_000  # images; the rest of a longer run is left out, so that memory stays flat
+COARSEST = 14  # rows and columns kept of a map
+CLASSES = 20  # classes the page shows; those with a hint come first
+EXAMPLES = 3  # images of each kind
+FEWEST = 10  # images of a class before anything is concluded from them
+SIGMAS = 3  # standard errors by which a share must be above its bound
+BORDER, SPOT = 1.1, 2.0  # times what is usual that the whole border may hold, and a single cell of it
+
+DEFINITIONS = {
+    "images": "Images count for the class the model calls them, whatever they show.",
+    "mean map": "The average of these images' maps, each of which sums to 1.",
+    "border": "Share of the map on its outermost ring; the tick is the share of an even map.",
+    "centre": "Share of the map on the middle half of its rows and columns; the tick is the share of an even map.",
+    "most and least typical": "The images whose maps are most and least like the mean map, by cosine.",
+    "surest errors": "The highest scores of this class among images in another class's folder, which is named.",
+    "hint": (
+        f"Shown from {FEWEST} images on, where the border holds {BORDER:g} times, or one cell of it {SPOT:g} times, "
+        f"what an even map and what the other classes' maps have there, and {SIGMAS} standard errors more: a frame, a "
+        "watermark or the background may decide, not the object."
+    ),
+}
+
+
+class Survey:
+    """What is kept of each image of a run: path, label, score and a small map.
+
+    Args:
+        class_names: Of the model; a folder of one of these names says what the images in it show.
+    """
+
+    def __init__(self, class_names: Sequence[str]):
+        self.class_names = tuple(class_names)
+        self.number = {name: i for i, name in enumerate(class_names)}
+        self.paths: list[str] = []
+        self.labels: list[int] = []
+        self.truths: list[int | None] = []
+        self.scores: list[float] = []
+        self.maps: list[Tensor] = []  # (rows, columns) float16
+
+    def add(self, paths: Sequence[str], grids: Iterable[Tensor], scores: Iterable[Mapping[str, float]]) -> None:
+        """Take these images in, as long as there is room.
+
+        Args:
+            paths: Of the images.
+            grids: Weight of each patch (grid height, grid width).
+            scores: Probability of every class, highest first.
+        """
+        for path, grid, named in zip(paths, grids, scores, strict=True):
+            if len(self.paths) == SURVEYED:
+                return
+            label, score = next(iter(named.items()))
+            self.paths.append(path)
+            self.labels.append(self.number[label])
+            self.truths.append(self.truth(path))
+            self.scores.append(score)
+            self.maps.append(coarse(grid).half())
+
+    def truth(self, path: str) -> int | None:
+        """The class whose name is that of the nearest folder with a class's name."""
+        return next((self.number[part] for part in reversed(PurePath(path).parts[:-1]) if part in self.number), None)
+
+    def view(self) -> list[dict[str, Any]]:
+        """What the page says of each class: those with a hint first, then those with most images."""
+        labels = np.array(self.labels, dtype=int)
+        maps = {c: torch.stack([self.maps[i] for i in np.flatnonzero(labels == c)]).float() for c in np.unique(labels)}
+        hints = find_hints(maps)
+        views = [self._view(c, np.flatnonzero(labels == c), maps[c], hints[c]) for c in maps]
+        return sorted(views, key=lambda view: (view["hint"] is None, -view["images"]))[:CLASSES]
+
+    def _view(self, label: int, members: np.ndarray, maps: Tensor, hint: str | None) -> dict[str, Any]:
+        mean = maps.mean(0)
+        likeness = F.cosine_similarity(maps.flatten(1), mean.flatten()[None]).numpy()
+        order = members[np.argsort(-likeness, kind="stable")]
+        few = min(EXAMPLES, len(order) // 2)
+        wrong = [i for i in members if self.truths[i] not in (None, label)]
+        known = sum(self.truths[i] is not None for i in members)
+        examples = {
+            "most typical": order[: max(1, few)],
+            "least typical": order[len(order) - few :][::-1],
+            "surest errors": sorted(wrong, key=lambda i: -self.scores[i])[:EXAMPLES],
+        }
+        return {
+            "name": self.class_names[label],
+            "images": len(members),
+            "right": (known - len(wrong)) / known if known else None,
+            "mean": mean.numpy(),
+            "shares": {name: share_of(maps, region) for name, region in regions(*mean.shape).items()},
+            "hint": hint,
+            "examples": {kind: [self.paths[i] for i in chosen] for kind, chosen in examples.items() if len(chosen)},
+        }
+
+    def chosen(self, views: Iterable[Mapping[str, Any]], number: int) -> list[str]:
+        """Paths for the page, in their order: the classes' examples, then the first images as far as there is room."""
+        examples = [path for view in views for chosen in view["examples"].values() for path in chosen]
+        place = {path: i for i, path in enumerate(self.paths)}
+        return sorted(list(dict.fromkeys([*examples, *place]))[:number], key=place.__getitem__)
+
+
+def coarse(grid: Tensor) -> Tensor:
+    """A map (rows, columns) summing to 1 in at most COARSEST rows and columns."""
+    size = (min(grid.shape[0], COARSEST), min(grid.shape[1], COARSEST))
+    small = F.adaptive_avg_pool2d(grid.float()[None, None], size)[0, 0]
+    return small / small.sum()
+
+
+def regions(rows: int, columns: int) -> dict[str, Tensor]:
+    """Cells (rows, columns) of the border and of the centre; none of a grid too small to have both."""
+    if min(rows, columns) < 4:
+        return {}
+    border, centre = torch.ones(rows, columns, dtype=torch.bool), torch.zeros(rows, columns, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    centre[rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4] = True
+    return {"border": border, "centre": centre}
+
+
+def share_of(maps: Tensor, region: Tensor) -> dict[str, float]:
+    """Mean share of maps (n, rows, columns) on a region, half of its 95 % interval, and an even map's share."""
+    shares = maps[:, region].sum(1)
+    return {"mean": float(shares.mean()), "error": 1.96 * standard_error(shares), "even": float(region.float().mean())}
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values (n,)."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def find_hints(maps: Mapping[int, Tensor]) -> dict[int, str | None]:
+    """For each class, why it may be decided by its border; none where nothing says so.
+
+    What is usual is an even map's share, or the mean of the other classes' where that is more: a class without the mark
+    of another one is told by its absence, and that is looked for in the same place.
+
+    Args:
+        maps: Of each class's images, (n, rows, columns), each summing to 1.
+    """
+    means = {label: of_class.mean(0) for label, of_class in maps.items()}
+    hints = {}
+    for label, of_class in maps.items():
+        even = torch.full_like(means[label], 1 / means[label].numel())
+        others = [mean for other, mean in means.items() if other != label]
+        hints[label] = hint(of_class, even.maximum(torch.stack(others).mean(0)) if others else even)
+    return hints
+
+
+def hint(maps: Tensor, usual: Tensor) -> str | None:
+    """Why a class with maps (n, rows, columns) may be decided by its border, where this (rows, columns) is usual."""
+    found = regions(*maps.shape[1:])
+    if len(maps) < FEWEST or not found:
+        return None
+    border = found["border"]
+    shares, usual, even = maps[:, border], usual[border], 1 / maps[0].numel()  # (n, cells), (cells,)
+    surely = shares.mean(0) - SIGMAS * shares.std(0) / len(maps) ** 0.5
+    cell = int((surely / usual).argmax())
+    if surely[cell] > SPOT * usual[cell]:
+        row, column = (i + 1 for i in border.nonzero()[cell].tolist())
+        times = shares.mean(0)[cell] / even
+        return (
+            f"One place on the border, row {row}, column {column}, counts {times:.1f} times as much as in an even map."
+        )
+    whole = shares.sum(1)
+    if whole.mean() - SIGMAS * standard_error(whole) > BORDER * usual.sum():
+        return f"The border counts for {whole.mean():.0%}; in an even map it is {even * len(usual):.0%}."
+    return None
