@@ -31,7 +31,7 @@ from vit.pretrained import start_from
 
 
 class Batch(Protocol):
-    """Normalised images (B, C, H, W), and their labels, int64 (B,), or the share of each class (B, classes) in training."""
+    """Normalised images (B, C, H, W) and their labels, int64 (B,); in training also shares of classes (B, classes)."""
 
     images: Tensor
     labels: Tensor
