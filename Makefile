@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED)  ## train on handwritten digits, classify held-out ones, draw where the model looked (2 minutes)
+demo: $(INSTALLED)  ## train on handwritten digits, classify held-out ones, draw where the model looked (a minute)
 	@.venv/bin/python -m benchmarks.digits
 
 test: $(INSTALLED)  ## run the tests (5 minutes)
@@ -21,7 +21,7 @@ lint: $(INSTALLED)  ## check style and types
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11 ..." % sys.version_info[:2])'
-	@echo "Installing into .venv: about 75 seconds and 5.6 GB"
+	@echo "Installing into .venv: about 90 seconds and 6.6 GB"
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]' >.venv/install.log 2>&1 \
 		|| { cat .venv/install.log; exit 1; }

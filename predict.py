@@ -45,6 +45,10 @@ def parser() -> argparse.ArgumentParser:
 
     group = p.add_argument_group("maps")
     group.add_argument("--maps", metavar="DIR", help="a map for each image, in folders like theirs, and sheet.png")
+    group.add_argument(
+        "--score-maps", action="store_true",
+        help="add map_score to each record: how far its map can be trusted, -1 to 1, 0 is chance (slow: 34 passes)",
+    )  # fmt: skip
     group.add_argument("--method", choices=METHODS, default="rollout", help="how maps are made [rollout]")
     group.add_argument("--report", metavar="FILE.html", help="a page: 200 images to look into, figures of each class")
 

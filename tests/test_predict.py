@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from PIL import Image
 import predict
 from vit import Predictor
 from vit.checkpoint import Checkpoint, save_checkpoint
+from vit.faithfulness import faithfulness
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.rollout import METHODS
@@ -246,6 +248,27 @@ def test_maps_sheet_and_report(run, images, tmp_path):
     with Image.open(maps / "sheet.png") as sheet:
         assert min(sheet.size) > 1000
     assert "class 3" in report.read_text("utf-8")
+
+
+def test_score_maps_says_how_far_each_map_can_be_trusted(run, images, checkpoint, tmp_path):
+    """The score of ``faithfulness`` for the very map, in every format that has room for it; a damaged file has none."""
+    out = tmp_path / "scores.csv"
+    assert run(images, "--recursive", "--score-maps", "--method", "lrp", "--out", out)[0] == 3
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(bool(row["error"]) != bool(row["map_score"]) for row in rows)
+    predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
+    for row in [row for row in rows if not row["error"] and Path(row["path"]).exists()][:5]:
+        pixels = predictor.preprocess.load(row["path"])[None]
+        _, grids = predictor.mapped(pixels, "lrp")
+        expected = faithfulness(predictor.model, predictor.normalized(pixels), grids)["score"]
+        assert float(row["map_score"]) == pytest.approx(float(expected), abs=1e-4)
+    record = json.loads(run(images / "0/0.png", "--score-maps", "--format", "jsonl")[1])
+    assert -1 <= record["map_score"] <= 1
+    assert run(images / "0", "--score-maps", "--method", "lrp", "--out", tmp_path / "scores.parquet")[0] == 3
+    shown = pq.read_table(tmp_path / "scores.parquet").column("map_score").to_pylist()
+    folder = [row for row in rows if Path(row["path"]).parent.name == "0"]
+    assert shown == [pytest.approx(float(row["map_score"]), abs=1e-6) if row["map_score"] else None for row in folder]
 
 
 def test_a_map_that_cannot_be_written_is_named(run, images, tmp_path):

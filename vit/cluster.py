@@ -115,13 +115,19 @@ class Cluster:
                 signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
 
     def classify(
-        self, batches: Iterable[Sequence[str | Unreadable]], *, methods: Sequence[str] = (), workers: int | None = None
+        self,
+        batches: Iterable[Sequence[str | Unreadable]],
+        *,
+        methods: Sequence[str] = (),
+        score_maps: bool = False,
+        workers: int | None = None,
     ) -> Iterator[Batch]:
         """As the Predictor's, but all paths are listed before the first batch is computed.
 
         Args:
             batches: Paths, batch by batch.
             methods: Maps to make, names in ``vit.rollout.METHODS``.
+            score_maps: Measure how far those of the first method can be trusted.
             workers: Processes; none for one a GPU, or else one a core.
 
         Raises:
@@ -138,7 +144,8 @@ class Cluster:
         context.enable_progress_bars = False
         model, about = self.predictor.model, self.predictor.about
         options = {"model": model, "about": about, "device": self.device, "precision": self.precision}
-        call = {"methods": tuple(methods), "workers": None if self.gpus else 1}  # a worker on the CPU has one core
+        call = {"methods": tuple(methods), "score_maps": score_maps}
+        call["workers"] = None if self.gpus else 1  # a worker on the CPU has one core
         size = len(pickle.loads(rows[0]["batch"]))
         pieces = -(-len(rows) // PIECE)
         most = workers or self.gpus or int(ray.cluster_resources()["CPU"])

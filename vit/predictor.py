@@ -99,12 +99,14 @@ class Batch:
         errors: Why not, or None, for each source.
         scores: Probabilities (classified, classes).
         grids: Weight of each patch (classified, grid height, grid width) by map method.
+        map_scores: How far each map of the first method can be trusted (classified,), in [-1, 1], if that was asked.
     """
 
     sources: Sequence[Source | Unreadable]
     errors: Sequence[ImageError | None]
     scores: Tensor
     grids: dict[str, Tensor]
+    map_scores: Tensor | None = None
 
 
 class Predictor:
@@ -262,6 +264,7 @@ class Predictor:
         batches: Iterable[Sequence[Source | Unreadable]],
         *,
         methods: Sequence[str] = (),
+        score_maps: bool = False,
         workers: int | None = None,
     ) -> Iterator[Batch]:
         """Batches of sources, in order; the next ones are decoded while one is computed.
@@ -271,6 +274,7 @@ class Predictor:
         Args:
             batches: Sources, batch by batch.
             methods: Maps to make, names in ``vit.rollout.METHODS``.
+            score_maps: Measure how far those of the first method can be trusted; 34 more passes an image.
             workers: Threads that decode; none for one that suits the machine.
         """
         pool = ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), thread_name_prefix="decode")
@@ -279,9 +283,9 @@ class Predictor:
             for sources in batches:
                 waiting.append((sources, [pool.submit(self._decode, source) for source in sources]))
                 if len(waiting) > AHEAD:
-                    yield self._compute(*waiting.popleft(), methods)
+                    yield self._compute(*waiting.popleft(), methods, score_maps)
             while waiting:
-                yield self._compute(*waiting.popleft(), methods)
+                yield self._compute(*waiting.popleft(), methods, score_maps)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -298,6 +302,7 @@ class Predictor:
         sources: Sequence[Source | Unreadable],
         decoded: list[Future[Tensor | ImageError]],
         methods: Sequence[str],
+        score_maps: bool,
     ) -> Batch:
         results = [future.result() for future in decoded]
         errors = [result if isinstance(result, ImageError) else None for result in results]
@@ -310,7 +315,24 @@ class Predictor:
         grids = {}
         for method in methods:
             scores, grids[method] = self.mapped(pixels, method)
-        return self._checked(sources, errors, scores, grids)
+        return self._checked(
+            sources, errors, scores, grids, self.map_scores(pixels, grids[methods[0]]) if score_maps else None
+        )
+
+    def map_scores(self, pixels: Tensor, grids: Tensor) -> Tensor:
+        """How far each map can be trusted (B,): insertion less deletion, in [-1, 1]; 0 is chance (vit/faithfulness.py).
+
+        Args:
+            pixels: uint8 pixels of the images (B, C, H, W).
+            grids: Their maps about the predicted class (B, grid height, grid width).
+        """
+        from vit.faithfulness import area, deletion_curve
+
+        images, grids = self.normalized(pixels), grids.to(self.device)
+        deletion, insertion = (
+            area(deletion_curve(self.model, images, order, batch_size=self.batch_size)) for order in (grids, -grids)
+        )
+        return (insertion - deletion).cpu()
 
     @staticmethod
     def _checked(
@@ -318,6 +340,7 @@ class Predictor:
         errors: list[ImageError | None],
         scores: Tensor,
         grids: dict[str, Tensor],
+        map_scores: Tensor | None = None,
     ) -> Batch:
         """Rows that are no numbers (weights of a diverged training) become errors."""
         finite = scores.isfinite().all(1)
@@ -326,7 +349,8 @@ class Predictor:
             broken = ImageError("the model gives no number for this image; its weights may be damaged")
             errors = [error if error or next(rows) else broken for error in errors]
             scores, grids = scores[finite], {name: grid[finite] for name, grid in grids.items()}
-        return Batch(sources, errors, scores, grids)
+            map_scores = None if map_scores is None else map_scores[finite]
+        return Batch(sources, errors, scores, grids, map_scores)
 
     @torch.inference_mode()
     def scores(self, pixels: Tensor) -> Tensor:

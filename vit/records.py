@@ -82,7 +82,7 @@ class Csv:
 
     Args:
         top_k: Number of label and score columns.
-        extra: Further columns: "unsure", "map".
+        extra: Further columns: "unsure", "map", "map_score".
     """
 
     def __init__(self, top_k: int, extra: tuple[str, ...] = ()):
@@ -148,7 +148,8 @@ class Parquet(Csv):
 
         super().__init__(top_k, extra)
         types = {"label": pyarrow.string(), "score": pyarrow.float64(), "unsure": pyarrow.bool_()}
-        self.schema = pyarrow.schema([(name, types.get(name.split("_")[0], pyarrow.string())) for name in self.columns])
+        kinds = {name: "score" if name == "map_score" else name.split("_")[0] for name in self.columns}
+        self.schema = pyarrow.schema([(name, types.get(kind, pyarrow.string())) for name, kind in kinds.items()])
         self.table = pyarrow.Table
         self.sink = _Pieces()
         self.writer = parquet.ParquetWriter(self.sink, self.schema)

@@ -171,7 +171,8 @@ def record_format(options: argparse.Namespace, predictor: "Predictor") -> "Forma
     from vit import records
 
     top_k = min(options.top_k, len(predictor.class_names))
-    extra = ("unsure",) * (options.threshold is not None) + ("map",) * (options.maps is not None)
+    asked = {"unsure": options.threshold is not None, "map": options.maps is not None, "map_score": options.score_maps}
+    extra = tuple(name for name, wanted in asked.items() if wanted)
     if options.format in ("csv", "parquet"):
         return (records.Csv if options.format == "csv" else records.Parquet)(top_k, extra)
     if options.format == "table":
@@ -224,7 +225,8 @@ def classify(
     output.start()
     advance(summary.resumed - len(again))
     done = 0
-    for batch in work.classify(pieces, methods=(options.method,) if gallery else (), workers=options.workers):
+    methods = (options.method,) if gallery or options.score_maps else ()
+    for batch in work.classify(pieces, methods=methods, score_maps=options.score_maps, workers=options.workers):
         for record in records_of(batch, options, predictor, gallery):
             if done < len(again):
                 if output.format.record(record) != again[done] and b'"error"' not in again[done]:
@@ -301,6 +303,7 @@ def records_of(
         maps = iter(gallery.add(good, grids, named))
         gallery.flush()
     rows = iter(predictions)
+    map_scores = iter(() if batch.map_scores is None else batch.map_scores.tolist())
     for path, error in zip(paths, batch.errors, strict=True):
         if error is not None:
             yield {"path": path, "error": str(error)}
@@ -310,6 +313,8 @@ def records_of(
             record["unsure"] = record["predictions"][0]["score"] < options.threshold
         if options.maps:
             record["map"] = next(maps)
+        if options.score_maps:
+            record["map_score"] = round(next(map_scores), 4)
         yield record
 
 
