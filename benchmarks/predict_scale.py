@@ -36,7 +36,7 @@ COLUMNS = ("images", "peak memory, MB", "seconds", "images/s", "CPU seconds", "r
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=os.environ.get("CIFAR10_JPEG"), help="[%(default)s]")
-    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 10_000], help="[%(default)s]")
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000] * 3, help="[%(default)s]")
     options = parser.parse_args(args)
     if options.images is None:
         parser.error("--images names a folder of images")
