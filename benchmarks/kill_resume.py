@@ -510,6 +510,7 @@ def main() -> int:
     parser.add_argument("--cost", action=argparse.BooleanOptionalAction, default=True, help="of a large model")
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines and write no file")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning shares the cores out by node, and other threads round otherwise
     torch.set_num_threads(1)
 
     def rows(folder: Path) -> Iterator[dict[str, Any]]:
