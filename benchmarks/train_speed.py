@@ -157,10 +157,8 @@ def same_batches(cli: Any, device: torch.device) -> Iterator[tuple[Tensor, Tenso
     """What the run under Lightning trains on, from the same loader, augmented by the same code."""
     module = cli.datamodule
     for batch in module.train_dataloader():
-        images = module.preprocess.normalize(batch.images.to(device, non_blocking=True))
-        indices = batch.indices.to(device, non_blocking=True)
-        images = module.augment(images, seed=module.seed, epoch=batch.epoch, indices=indices)
-        yield images, batch.labels.to(device, non_blocking=True)
+        batch = module.augmented(module.transfer_batch_to_device(batch, device, 0))
+        yield batch.images, batch.labels
 
 
 def worker_batches(folder: Path, size: Any, batch: int, workers: int, device: torch.device) -> Iterator[Any]:

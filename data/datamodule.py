@@ -308,6 +308,10 @@ class ImageDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self.trainer is None or not self.trainer.training:
             return batch._replace(images=self.preprocess.normalize(batch.images))
+        return self.augmented(batch)
+
+    def augmented(self, batch: Batch) -> Batch:
+        """What a training step sees of a batch of uint8 images, on their device."""
         which: dict[str, Any] = {"seed": self.seed, "epoch": batch.epoch, "indices": batch.indices}
         images = self.preprocess.normalize(self.augment.pixels(batch.images, **which))
         images = self.augment(images, **which)
