@@ -104,16 +104,13 @@ def held_at(model: ViTClassifier, factor: float) -> ViTClassifier:
     return ViTClassifier(**arguments)
 
 
-def under_lightning(cli: Any, factor: float, file: str | None = None) -> Speed | None:
-    """The real run; of several processes the speed is in the file alone."""
-    clock = Clock(file)
+def bare_trainer(cli: Any, callback: Callback, **limits: Any) -> Trainer:
+    """Lightning's trainer as the config has it, but nothing validated, logged or saved."""
     names = ("accelerator", "devices", "strategy", "precision", "gradient_clip_val")
-    kept = {name: cli.config.trainer[name] for name in names}
-    trainer = Trainer(
-        **kept,
-        callbacks=[clock],
-        max_epochs=1,
-        limit_train_batches=WARMUP + STEPS,
+    return Trainer(
+        **{name: cli.config.trainer[name] for name in names},
+        **limits,
+        callbacks=[callback],
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -122,6 +119,12 @@ def under_lightning(cli: Any, factor: float, file: str | None = None) -> Speed |
         use_distributed_sampler=False,
         default_root_dir=tempfile.gettempdir(),
     )
+
+
+def under_lightning(cli: Any, factor: float, file: str | None = None) -> Speed | None:
+    """The real run; of several processes the speed is in the file alone."""
+    clock = Clock(file)
+    trainer = bare_trainer(cli, clock, max_epochs=1, limit_train_batches=WARMUP + STEPS)
     trainer.fit(held_at(cli.model, factor), cli.datamodule)
     cli.datamodule.trainer = None
     return clock.speed if clock.starts else None

@@ -1,0 +1,103 @@
+"""What each ingredient of the CIFAR-10 recipe gives: ``python -m benchmarks.ablation --data FOLDER``.
+
+Trains ``configs/cifar10_cpu.yaml`` for three epochs, with crops, mirror images and blanked squares alone, and again
+with one thing changed each time, a thread a run, and compares accuracies on the held-out validation images. All get the
+same time: where a change makes steps dearer, there are fewer of them. Several seeds of the unchanged recipe show what
+chance does. The test images are not looked at.
+"""
+
+import argparse
+import csv
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import record
+
+CONFIG = "configs/cifar10_cpu.yaml"
+BASE = {"policy": "0", "mixup": "0", "cutmix": "0"}  # what these are for, three epochs do not need
+# Name of each change: its steps as a share of the base run's, and its options.
+CHANGES: dict[str, tuple[float, list[str]]] = {
+    "the recipe": (1, []),
+    "AdamW alone at 2e-3, without Muon": (1, ["--model.optimizer=adamw", "--model.lr=2e-3"]),
+    "AdamW alone at 6e-3": (1, ["--model.optimizer=adamw", "--model.lr=6e-3"]),
+    "all steps at full resolution, as many as fit": (0.58, ["--model.resolution=[]"]),
+    "linear stem": (1, ["--model.stem=linear"]),
+    "class token instead of mean pooling": (1, ["--model.pool=token"]),
+    "no QK-norm": (1, ["--model.qk_norm=false"]),
+    "batches of 512 instead of 128": (0.25, ["--data.batch_size=512"]),
+    "label smoothing 0.1": (1, ["--model.label_smoothing=0.1"]),
+    "crops and mirror images alone": (1, ["--data.augment.erase=0"]),
+    "a policy change in every image": (1, ["--data.augment.policy=1"]),
+    "mixup 0.2 and cutmix 0.3 in the first two epochs": (
+        1,
+        ["--data.augment.mixup=0.2", "--data.augment.cutmix=0.3", "--data.augment.mix_until=2"],
+    ),
+}
+
+
+def fit(folder: Path, data: str, steps: int, options: list[str], seed: int) -> tuple[float, float]:
+    """Train once, in a process of its own: validation accuracy at the end, and minutes of processor time."""
+    folder.mkdir()
+    command = [
+        *(sys.executable, "train.py", "fit", "--config", CONFIG, "--seed_everything", str(seed)),
+        *("--data.dataset", data, "--trainer.default_root_dir", str(folder), "--checkpoint.monitor", "null"),
+        *("--trainer.max_epochs", "-1", "--trainer.max_steps", str(steps)),
+        *("--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", str(steps)),
+        *("--trainer.enable_progress_bar", "false", *(f"--data.augment.{k}={v}" for k, v in BASE.items()), *options),
+    ]
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, used = os.wait4(process.pid, 0)  # the minutes of this process alone
+    if status:
+        raise SystemExit(f"{shlex.join(command)}:\n{log.read_text()[-2000:]}")
+    with (folder / "metrics.csv").open() as file:
+        accuracies = [row["val/acc"] for row in csv.DictReader(file) if row["val/acc"]]
+    return float(accuracies[-1]), (used.ru_utime + used.ru_stime) / 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="cifar10, or a folder of it")
+    parser.add_argument("--steps", type=int, default=1053, help="of the base run; 351 are an epoch")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the unchanged recipe; one of each change")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a thread each")
+    args = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    table = Table("", "validation accuracy", "seeds", "core-minutes")
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
+        runs = {
+            name: [
+                pool.submit(fit, Path(scratch, f"{i}-{seed}"), args.data, round(args.steps * share), options, seed)
+                for seed in range(args.seeds if i == 0 else 1)
+            ]
+            for i, (name, (share, options)) in enumerate(CHANGES.items())
+        }
+        for name, futures in runs.items():
+            accuracies, minutes = (list(values) for values in zip(*(run.result() for run in futures), strict=True))
+            accuracy = statistics.mean(accuracies)
+            rows.append({"what": name, "accuracy": accuracy, "seeds": accuracies, "core_minutes": minutes})
+            each = ", ".join(f"{value:.1%}" for value in accuracies)
+            table.add_row(name, f"{accuracy:.1%}", each, f"{statistics.mean(minutes):.1f}")
+            print(rows[-1], flush=True)
+    Console().print(table)
+    print(
+        record(
+            "ablation", rows, config=CONFIG, steps=args.steps, base=BASE, images=5000, data=os.path.basename(args.data)
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""How accurate in how many minutes: ``python -m benchmarks.race --config configs/cifar10.yaml --epochs 30 100 275``.
+
+Trains a config on all training images, for every number of epochs with several seeds, and measures on the test images,
+one view each. Minutes are those of the training alone: what the compiler took stands beside them. Then, in the minutes
+of the longest of these, the control: CCT-7/3x1, the compact transformer with a convolutional tokenizer (2104.05704), as
+the package vit-pytorch has it, on the same data path, with its authors' settings for CIFAR-10: AdamW at 5.5e-4, weight
+decay 0.06, batches of 128, cosine with one thirtieth warm-up, label smoothing, random changes, mixup and cutmix in the
+first 58 %. ``pip install vit-pytorch`` for that; ``--no-control`` leaves it out. Touches the test images: choose first.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import count, islice, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from timm.optim._optim_factory import create_optimizer_v2
+from torch import Tensor, nn
+
+from benchmarks.record import record
+from benchmarks.train_speed import bare_trainer, load, now, quiet, show
+from data.augment import Augment
+from data.datamodule import Batch, ImageDataModule
+from vit.optim import learning_rate
+
+COMPILING = 20  # times the median: a step that takes longer had to wait for the compiler
+
+
+class Stopwatch(Callback):
+    """When each step began; the host does not wait for the device, only at the end."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.times.append(time.perf_counter())
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.times.append(now(pl_module.device))
+
+
+def split_time(times: list[float]) -> tuple[float, float]:
+    """Seconds of training, and seconds that steps waited for the compiler beyond their own, from the steps' starts."""
+    steps = [b - a for a, b in pairwise(times)]
+    usual = statistics.median(steps)
+    compiling = sum(step - usual for step in steps if step > max(1.0, COMPILING * usual))
+    return sum(steps) - compiling, compiling
+
+
+def accuracy(network: Callable[[Tensor], Tensor], module: ImageDataModule, device: torch.device) -> float:
+    """Share of the test images that are named right, one view each."""
+    test = module.source.test
+    if test is None:
+        raise SystemExit(f"{module.dataset}: has no test images")
+    right = 0
+    with torch.inference_mode():
+        for chunk in torch.arange(len(test.labels)).split(500):
+            logits = network(module.preprocess.normalize(test.images[chunk].to(device)))
+            right += int((logits.argmax(1).cpu() == test.labels[chunk]).sum())
+    return right / len(test.labels)
+
+
+def ours(config: str, dataset: str, epochs: int, seed: int, device: torch.device) -> dict[str, Any]:
+    """The config, once, with this many epochs; mixing ends at the same share of them as in the config."""
+    cli = load(config, dataset, f"--seed_everything={seed}", "--data.val_fraction=0")
+    module, whole = cli.datamodule, cli.config.trainer.max_epochs
+    if (until := module.augment.mix_until) is not None:
+        module.augment = replace(module.augment, mix_until=round(until * epochs / whole))
+    watch = Stopwatch()
+    bare_trainer(cli, watch, max_epochs=epochs).fit(cli.model, module)
+    return outcome(cli.model.vit.to(device), module, watch.times, device)
+
+
+def control(dataset: str, minutes: float, seed: int, device: torch.device) -> dict[str, Any]:
+    """CCT-7/3x1 in this many minutes, once; how many epochs that makes is measured first."""
+    from vit_pytorch.cct import cct_7
+
+    augment = Augment(translate=0.125, flip=0.5, policy=1.0, mixup=0.5, cutmix=0.5)
+    module = ImageDataModule(dataset=dataset, batch_size=128, val_fraction=0, seed=seed, augment=augment)
+    module.prepare_data()
+    module.setup()
+    facts = {"img_size": module.image_size, "num_classes": len(module.class_names)}
+    torch.manual_seed(seed)
+    model = cct_7(**facts, n_conv_layers=1, kernel_size=3, stride=1, padding=1, positional_embedding="learnable")
+    model = model.to(device)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    network = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    module.train_dataloader()
+    epoch = len(module.order)
+    tried = train(model, network, module, device, steps=min(epoch, 50))
+    a_step = statistics.median(b - a for a, b in pairwise(tried))
+    model.load_state_dict(start)
+    epochs = max(1, round(minutes * 60 / a_step / epoch))
+    module.augment = replace(augment, mix_until=round(epochs * 0.583))
+    return outcome(model, module, train(model, network, module, device, steps=epochs * epoch), device)
+
+
+def train(model: nn.Module, network: Any, module: ImageDataModule, device: torch.device, *, steps: int) -> list[float]:
+    """The control's recipe over this many steps; when each began, and when the last had ended."""
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=5.5e-4, weight_decay=0.06)
+    factor = learning_rate(total=steps, warmup=steps // 30, shape="cosine")
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    times: list[float] = []
+    model.train()
+    for batch in islice(epochs_of(module), steps):
+        times.append(time.perf_counter())
+        batch = module.augmented(module.transfer_batch_to_device(batch, device, 0))
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(network(batch.images).float(), batch.labels, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return [*times, now(device)]
+
+
+def epochs_of(module: ImageDataModule) -> Iterator[Batch]:
+    """Batches without end, each epoch in another order."""
+    for epoch in count():
+        loader = module.train_dataloader()
+        module.order.position = lambda epoch=epoch: (epoch, 0)
+        yield from loader
+
+
+def outcome(model: nn.Module, module: ImageDataModule, times: list[float], device: torch.device) -> dict[str, Any]:
+    """What a run comes to."""
+    seconds, compiling = split_time(times)
+    steps = len(times) - 1
+    return {
+        "accuracy": accuracy(model.eval(), module, device),
+        "minutes": seconds / 60,
+        "compiling": compiling,
+        "images/s": steps * module.batch_size / seconds,
+        "epochs": steps / len(module.order),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/cifar10.yaml")
+    parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="cifar10, or a folder of it")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[20, 60, 275], help="lengths of the run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each length")
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True, help="CCT-7/3x1 too")
+    options = parser.parse_args()
+    quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, run: Callable[[int], dict[str, Any]]) -> float:
+        """All seeds of a way; a line, saved at once, as the time on the device may end; the minutes."""
+        runs = [run(seed) for seed in range(options.seeds)]
+        middle = {name: statistics.median(one[name] for one in runs) for name in runs[0]}
+        rows.append(
+            {
+                "what": what,
+                "epochs": round(middle["epochs"]),
+                "minutes": round(middle["minutes"], 2),
+                "compiling (s)": round(middle["compiling"], 1),
+                "images/s": round(middle["images/s"]),
+                "test accuracy": round(statistics.mean(one["accuracy"] for one in runs), 4),
+                "of the seeds": " ".join(f"{one['accuracy']:.2%}" for one in runs),
+            }
+        )
+        facts = {"config": options.config, "seeds": options.seeds, "data": os.path.basename(options.data)}
+        record("race", rows, **facts)
+        return middle["minutes"]
+
+    minutes = 0.0
+    for epochs in options.epochs:
+        once = partial(ours, options.config, options.data, epochs, device=device)
+        minutes = max(minutes, add(options.config, lambda seed, once=once: once(seed=seed)))
+    if options.control:
+        add("CCT-7/3x1, its own recipe", lambda seed: control(options.data, minutes, seed, device))
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
