@@ -5,7 +5,8 @@ and a bright centre, since that is where photographs have their subject. ``delet
 as patches go, most relevant first; ``insertion`` that of the least relevant first, which shows the same images as
 putting the most relevant back; ``score`` is their difference, 0 in random order, and ``beside rollout`` the difference
 of two maps' scores on the same image. Intervals are 95 %, by bootstrap over images, which are spread evenly over the
-classes' sorted files.
+classes' sorted files. Makers of maps take turns at each batch, so that a busy machine slows all alike; a cost is the
+median over batches.
 
 What others offer for the same model joins in where it is installed (``pip install captum grad-cam lxt
 'transformers<4.54'``; legrad-torch takes OpenCLIP's models only), and where Quantus is, the curves are compared with
@@ -21,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import MethodType
 from typing import Any
 
@@ -36,7 +38,7 @@ from vit.faithfulness import REMOVALS, area, deletion_curve
 from vit.model import LayerNorm2d, VisionTransformer
 from vit.predictor import SHIPPED
 from vit.preprocess import open_image
-from vit.rollout import METHODS, attention_map
+from vit.rollout import METHODS, attention_map, pixel_relevance
 
 Maker = Callable[[Tensor], Tensor]  # images (B, C, H, W) to maps (B, grid height, grid width)
 BATCH = 64  # what a CPU's caches hold
@@ -62,10 +64,11 @@ def ignorant(model: VisionTransformer) -> dict[str, Maker]:
 
 
 def ours(model: VisionTransformer) -> dict[str, Maker]:
-    """Every method, and rollout as much used code has it."""
+    """Every method; lrp with what speaks against the class, as others give it; rollout as much used code has it."""
     makers: dict[str, Maker] = {
         name: lambda images, name=name: attention_map(model, images, method=name)[1] for name in METHODS
     }
+    makers["lrp, signed"] = lambda images: by_patch(model, pixel_relevance(model, images)[1])
     makers["rollout, 90 % discarded"] = lambda images: attention_map(model, images, discard=0.9)[1]
     return makers
 
@@ -183,6 +186,19 @@ def load(folder: Path, number: int) -> list[Path]:
     return [path for files in chosen for path in files][:number]
 
 
+def in_turns(makers: dict[str, Maker], images: Tensor) -> dict[str, tuple[Tensor, float]]:
+    """Maps of all images by each maker, and what an image costs, in ms: the median over batches."""
+    for make in makers.values():
+        make(images[:BATCH])  # what libraries set up for themselves
+    maps, costs = ({name: [] for name in makers} for _ in range(2))
+    for part in images.split(BATCH):
+        for name, make in makers.items():
+            start = time.perf_counter()
+            maps[name].append(make(part).cpu())  # waits for a GPU
+            costs[name].append(1000 * (time.perf_counter() - start) / len(part))
+    return {name: (torch.cat(maps[name]).to(images.device), median(costs[name])) for name in makers}
+
+
 def interval(values: Tensor) -> list[float]:
     """Mean of values (B,) and the ends of its 95 % interval, by bootstrap."""
     generator = torch.Generator().manual_seed(0)
@@ -215,11 +231,7 @@ def main(args: list[str] | None = None) -> None:
         facts["difference_to_quantus"] = difference_to_quantus(model, images[:: max(1, len(images) // 10)])
     rows: list[dict[str, Any]] = []
     scores: dict[tuple[str, str], Tensor] = {}
-    for name, make in (ignorant(model) | ours(model) | installed(model)).items():
-        make(images[:2])  # what libraries set up for themselves
-        start = time.perf_counter()
-        maps = torch.cat([make(part) for part in images.split(BATCH)])
-        cost = 1000 * (time.perf_counter() - start) / len(images)
+    for name, (maps, cost) in in_turns(ignorant(model) | ours(model) | installed(model), images).items():
         print(f"{name}: maps in {cost:.1f} ms an image", file=sys.stderr)
         for remove in REMOVALS:
             curves = (

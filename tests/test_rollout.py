@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from vit import rollout as module
-from vit.model import VisionTransformer
+from vit.model import Attention, VisionTransformer
 from vit.rollout import (
     CLASS_SPECIFIC,
     METHODS,
+    AttnLRP,
     attention_map,
     discard_lowest,
     fuse_heads,
@@ -290,6 +291,27 @@ def test_pixel_relevance_equals_its_reference(arguments, monkeypatch):
         torch.testing.assert_close(
             pixel_relevance(model, images.clone(), target=target)[1], found, atol=1e-5, rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_lrp_is_the_same_through_the_fused_kernel_and_through_products(pool, monkeypatch):
+    model = build(pool=pool, qk_norm=True, image_size=(16, 16))
+    images = images_for(model)
+    _, fused = pixel_relevance(model, images, target=2)
+    monkeypatch.setattr(Attention, "forward", lambda attn, x, first=None: attn.explain(x, first)[0])
+    _, found = pixel_relevance(model, images, target=2)
+    torch.testing.assert_close(found, fused, atol=1e-4 * float(fused.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [F.gelu, F.silu])
+def test_lrp_of_a_non_linearity_has_the_gradient_of_a_factor_even_at_zero(activation):
+    x = torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0], requires_grad=True)
+    with AttnLRP():
+        y = activation(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    slope = torch.stack([activation(x[0]) / -2, *(torch.tensor(0.5),) * 3, activation(x[4]) / 3])
+    torch.testing.assert_close(gradient, slope, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(y, activation(x))
 
 
 @pytest.mark.parametrize("how", ["max", "min"])

@@ -12,6 +12,7 @@ Shapes in comments: B images, N tokens, P patches, h heads, L layers, D embed.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from vit.model import VisionTransformer
 
-MEMORY = 2**29  # bytes of attention weights to hold at a time; a batch that needs more goes through in parts
+MEMORY = 2**29  # bytes of attention weights, or of what lrp keeps, to hold; a batch that needs more goes in parts
 Target = int | Sequence[int] | Tensor  # a class for all images, or one for each
 
 
@@ -166,14 +167,18 @@ def _legrad(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Te
     # Each layer's output goes through the head, and the gradient of that score with respect to the layer's own weights
     # counts; none crosses a block, so the weights of one layer at a time are held.
     with torch.no_grad():
-        logits, x = model(images), model.embed(images)
+        inputs = [model.embed(images)]
+        for block in model.blocks:
+            inputs.append(block(inputs[-1]))
+        logits = model.forward_head(model.norm(inputs.pop()))
     if ask.target is None:
         ask = replace(ask, target=logits.argmax(1))
-    rows = torch.zeros(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for block in model.blocks:
-        x, weights = block.explain(x.detach().requires_grad_())
+    shape, dtype = inputs[0].shape[:2], torch.promote_types(inputs[0].dtype, torch.float32)
+    rows = torch.zeros(shape, dtype=dtype, device=images.device)
+    for block, x in zip(model.blocks, inputs, strict=True):
+        x, weights = block.explain(x.requires_grad_())
         (gradient,) = torch.autograd.grad(ask.score(model.forward_head(model.norm(x))), weights)
-        rows += gradient.clamp_min(0).mean((1, 2), dtype=rows.dtype)
+        rows += gradient.clamp_min(0).mean((1, 2), dtype=dtype)
     return logits, rows
 
 
@@ -188,51 +193,80 @@ def _lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tenso
 def _pixel_lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     """Logits, and the relevance of every pixel (B, H, W), its channels summed."""
     with AttnLRP():
-        x = model.embed(images)
-        *blocks, last = model.blocks
-        for block in blocks:
-            x, _ = block.explain(x)
-        x, _ = last.explain(x, model.num_read)
-        logits = model.forward_head(model.norm(x))
-        (gradient,) = torch.autograd.grad(ask.score(logits), images)
+        logits = model(images)
+    (gradient,) = torch.autograd.grad(ask.score(logits), images)
     return logits, (images * gradient).detach().sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
 
 
 class AttnLRP(TorchFunctionMode):
-    """Inside ``with AttnLRP():``, input x gradient is the relevance of AttnLRP: three operations have other gradients.
+    """In a forward pass ``with AttnLRP():``, input x gradient is the relevance of AttnLRP: some gradients are others.
 
     Normalisation: the standard deviation counts as a constant. Element-wise non-linearity: so does its output over its
     input. Product of two activations: half the relevance goes to each. Linear maps and softmax keep their gradients,
-    which times the input are the epsilon rule (epsilon 0) and the paper's Taylor rule.
+    which times the input are the epsilon rule (epsilon 0) and the paper's Taylor rule; weights are constants, so that
+    what only their gradients need is not kept.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return LRP_RULES.get(func, func)(*args, **(kwargs or {}))
 
 
-def _lrp_layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred * (centred.detach().square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, _, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(weight, inverse)  # of the standard deviation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, inverse = ctx.saved_tensors
+        gradient = gradients[0] * weight
+        return gradient.sub_(gradient.mean(-1, keepdim=True)).mul_(inverse), None, None, None, None
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        y = activation(x)
+        ctx.save_for_backward((y / x).nan_to_num_(0.5))  # 0 / 0: both tend to a half there
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.saved_tensors[0], None
+
+
+def _halved(x: Tensor) -> Tensor:
+    """The same numbers, and half the gradient."""
+    x.register_hook(lambda gradient: gradient / 2)
+    return x
 
 
 def _lrp_activation(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def rule(x: Tensor, **options: Any) -> Tensor:
-        slope = torch.where(x == 0, 0.5, activation(x, **options) / x)  # both tend to a half at 0
-        return x * slope.detach()
+    return lambda x, inplace=False, **options: _Activation.apply(x, partial(activation, **options))
+
+
+def _lrp_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Two products: values get a half, queries and keys a half of the other half.
+    return _halved(F.scaled_dot_product_attention(_halved(q), _halved(k), v))
+
+
+def _lrp_linear(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def rule(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        return linear(x, weight.detach(), bias if bias is None else bias.detach(), *options)
 
     return rule
 
 
-def _lrp_product(a: Tensor, b: Tensor) -> Tensor:
-    product = a @ b
-    return product / 2 + product.detach() / 2
-
-
 LRP_RULES: dict[Callable, Callable] = {
-    F.layer_norm: _lrp_layer_norm,
+    F.linear: _lrp_linear(F.linear),
+    F.conv2d: _lrp_linear(F.conv2d),
+    F.layer_norm: _LayerNorm.apply,
     F.gelu: _lrp_activation(F.gelu),
     F.silu: _lrp_activation(F.silu),
-    Tensor.matmul: _lrp_product,  # what a @ b arrives as
+    F.scaled_dot_product_attention: _lrp_attention,
+    Tensor.matmul: lambda a, b: _halved(a @ b),  # what a @ b arrives as
 }
 
 METHODS: dict[str, Callable[[VisionTransformer, Tensor, Question], tuple[Tensor, Tensor]]] = {
@@ -347,11 +381,14 @@ def _classes(value: Target | None, model: VisionTransformer, images: Tensor) -> 
 
 
 def _part_size(model: VisionTransformer, grid: tuple[int, int], method: str) -> int:
-    """Images to take at a time, so that the attention weights held stay within MEMORY."""
-    heads, tokens = model.architecture["num_heads"], grid[0] * grid[1] + model.num_prefix_tokens
-    # Matrices held of an image: scores and weights of the heads of a block; with gradients those of every block.
-    held = {"relevance": 4 * heads * len(model.blocks), "lrp": 3 * heads * len(model.blocks)}.get(method, 4 * heads)
-    return max(1, MEMORY // (4 * tokens**2 * (held + len(model.blocks))))
+    """Images to take at a time, so that what is held of them stays within MEMORY."""
+    heads, depth = model.architecture["num_heads"], len(model.blocks)
+    tokens = grid[0] * grid[1] + model.num_prefix_tokens
+    # Numbers held of a token. Rows of matrices: scores and weights of the heads of a block; with gradients those of
+    # every block. lrp runs through the fused kernel and keeps of every block what its rules need, 12 vectors with the
+    # usual MLP: queries, keys, values before and after their norms, what is attended to, slopes.
+    held = {"relevance": 4 * heads * depth * tokens, "lrp": 12 * model.architecture["embed_dim"] * depth}
+    return max(1, MEMORY // (4 * tokens * (held.get(method, 4 * heads * tokens) + depth * tokens)))
 
 
 def _normalized(rows: Tensor) -> Tensor:
