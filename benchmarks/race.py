@@ -84,6 +84,7 @@ def control(dataset: str, minutes: float, seed: int, device: torch.device) -> di
 
     augment = Augment(translate=0.125, flip=0.5, policy=1.0, mixup=0.5, cutmix=0.5)
     module = ImageDataModule(dataset=dataset, batch_size=128, val_fraction=0, seed=seed, augment=augment)
+    module.device = device
     module.prepare_data()
     module.setup()
     facts = {"img_size": module.image_size, "num_classes": len(module.class_names)}

@@ -159,6 +159,7 @@ def loop(
 def same_batches(cli: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """What the run under Lightning trains on, from the same loader, augmented by the same code."""
     module = cli.datamodule
+    module.device = device
     for batch in module.train_dataloader():
         batch = module.augmented(module.transfer_batch_to_device(batch, device, 0))
         yield batch.images, batch.labels

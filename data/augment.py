@@ -95,8 +95,8 @@ class Augment:
         side = (1 - share).sqrt() * inside  # of the rectangle, as a share of the image's; cut off at its borders
         mask = rectangles(y, x, side / 2, images.shape[2:])
         own = blend - mask.float().mean((1, 2))  # one of the two is at rest
-        shares = F.one_hot(labels, classes) * own[:, None]
-        shares = shares + F.one_hot(labels, classes).roll(1, 0) * (1 - own[:, None])
+        shares = F.one_hot(labels, classes)
+        shares = shares * own[:, None] + shares.roll(1, 0) * (1 - own[:, None])
         others = images.roll(1, 0)
         blend = blend.to(images.dtype)[:, None, None, None]
         return torch.where(mask[:, None], others, blend * images + (1 - blend) * others), shares
@@ -254,7 +254,7 @@ def uniform(*, seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
         indices: Which images, int64 (B,).
         count: Numbers for each image.
     """
-    key = _mix(_mix(torch.tensor(seed, device=indices.device)) ^ epoch)
+    key = _mix(_mix(torch.tensor(seed)) ^ epoch)  # on the host: sending it to a GPU would wait for the GPU
     columns = torch.arange(count, device=indices.device)
     bits = _mix(_mix(key ^ indices)[:, None] ^ columns)
     return (bits >> 40 & 0xFFFFFF).float() / 2**24

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,9 @@ from data.cache import OnBad
 from data.sources import DataError, Source, Split, Stream, load_source, prepare_source, stratified_split
 from data.stream import StreamDataset, StreamOrder, even
 from vit.preprocess import Preprocess
+
+CPU = torch.device("cpu")
+SHARE = 4  # a split may take a quarter of the device's free memory; the rest is for the model and its activations
 
 
 class Draw(NamedTuple):
@@ -34,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class SplitDataset(Dataset):
-    """Whole batches of a split: slices of a tensor, or files decoded in a worker."""
+    """Whole batches of a split: slices of a tensor, where that lies, or files decoded in a worker."""
 
     def __init__(self, split: Split, subset: Tensor | None = None):
         self.split = split
@@ -42,6 +46,11 @@ class SplitDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.subset)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are; draws have to be there too."""
+        return self.subset.device
 
     def __getitem__(self, draw: Draw) -> Batch:
         where = self.subset[draw.indices % len(self.subset)]
@@ -61,6 +70,7 @@ class TrainOrder(Sampler[Draw]):
         world_size: Number of processes; together they see each image at most once an epoch.
         position: Called at the start of an epoch, gives (epoch, batches to skip).
         balance: Class numbers (N,), to show the classes equally often; none to show every image equally often.
+        device: Where the images are; an epoch's whole order goes there at once, so that a step sends nothing.
     """
 
     def __init__(
@@ -73,13 +83,14 @@ class TrainOrder(Sampler[Draw]):
         world_size: int,
         position: Callable[[], tuple[int, int]],
         balance: Tensor | None = None,
+        device: torch.device = CPU,
     ):
         if size < world_size:
             raise DataError(f"{size} training images cannot be shared by {world_size} processes: use fewer devices")
         self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
         self.batch_size = min(batch_size, size // world_size)
         self.position = position
-        self.balance = balance
+        self.balance, self.device = balance, device
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.world_size)
@@ -90,6 +101,7 @@ class TrainOrder(Sampler[Draw]):
         order = torch.randperm(self.size, generator=generator)
         if self.balance is not None:
             order = balanced(self.balance, generator)[order]
+        order = order.to(self.device, non_blocking=True)
         for batch in range(skip, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield Draw(epoch, order[start : start + self.batch_size])
@@ -126,8 +138,9 @@ class StreamBatches(StreamDataset):
 class EvalOrder(Sampler[Draw]):
     """Each image once over all ranks, none twice: no padding, so that every number of ranks measures the same."""
 
-    def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int):
-        self.chunks = torch.arange(size)[rank::world_size].split(batch_size)  # an empty one if there are too few
+    def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int, device: torch.device = CPU):
+        # An empty one if there are too few.
+        self.chunks = torch.arange(size, device=device)[rank::world_size].split(batch_size)
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -139,6 +152,23 @@ class EvalOrder(Sampler[Draw]):
 def batches(split: Split | Stream) -> SplitDataset | StreamBatches:
     """A split in its own order."""
     return StreamBatches(split) if isinstance(split, Stream) else SplitDataset(split)
+
+
+def home(device: torch.device, size: int, free: int) -> torch.device:
+    """Where a split's images are kept while a model trains on this device: there, or in the host's memory.
+
+    Args:
+        device: Of the model.
+        size: Bytes of the images.
+        free: Bytes of the device that nobody uses.
+    """
+    return device if device.type != "cpu" and SHARE * size <= free else CPU
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of an accelerator that nobody uses; 0 where it does not say."""
+    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return tell(device)[0] if tell else 0
 
 
 def ignore_signals(worker: int) -> None:
@@ -190,6 +220,8 @@ class ImageDataModule(LightningDataModule):
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
         self.num_workers, self.augment, self.balance = num_workers, augment, balance
         self.resumed = 0  # optimiser steps done when this run was resumed
+        self.device = CPU  # of the model
+        self.copies: dict[tuple[Split, torch.device], Split] = {}  # what lies on it
         self._where: dict[str, Any] = {
             "root": Path(root),
             "image_size": image_size,
@@ -228,6 +260,8 @@ class ImageDataModule(LightningDataModule):
         prepare_source(self.dataset, **self._where)
 
     def setup(self, stage: str | None = None) -> None:
+        if self.trainer is not None:
+            self.device = self.trainer.strategy.root_device
         train, val, test = self.source.train, self.source.val, self.source.test
         self.train: SplitDataset | Any  # Any: StreamBatches, as for the others
         self.val: SplitDataset | Any
@@ -247,6 +281,20 @@ class ImageDataModule(LightningDataModule):
         if val is not None:
             self.val = batches(val)
         self.test = None if test is None else batches(test)
+
+    def teardown(self, stage: str) -> None:
+        self.copies.clear()
+
+    def near(self, dataset: SplitDataset) -> SplitDataset:
+        """The data set with its pixels on the model's device if they fit there, copied once for all who share them."""
+        split, key = dataset.split, (dataset.split, self.device)
+        if not isinstance(split.images, Tensor):
+            return dataset
+        if key not in self.copies:
+            place = home(self.device, split.images.nbytes, free_memory(self.device))
+            self.copies[key] = replace(split, images=split.images.to(place), labels=split.labels.to(place))
+        copy = self.copies[key]
+        return SplitDataset(copy, dataset.subset.to(copy.labels.device))
 
     def position(self) -> tuple[int, int]:
         """(epoch, batches of it done), from the only counter that survives every kind of restart: optimiser steps."""
@@ -268,10 +316,11 @@ class ImageDataModule(LightningDataModule):
         places = {"size": len(self.train), "batch_size": self.batch_size, "position": self.position, **self._rank()}
         if isinstance(self.train, StreamBatches):
             self.order = StreamOrder(**places, workers=self.num_workers)
-        else:
-            labels = self.train.split.labels[self.train.subset] if self.balance else None
-            self.order = TrainOrder(**places, seed=self.seed, balance=labels)
-        return self._loader(self.train, self.order)
+            return self._loader(self.train, self.order)
+        labels = self.train.split.labels[self.train.subset] if self.balance else None
+        dataset = self.near(self.train)
+        self.order = TrainOrder(**places, seed=self.seed, balance=labels, device=dataset.device)
+        return self._loader(dataset, self.order)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_loader(self.val)
@@ -285,7 +334,8 @@ class ImageDataModule(LightningDataModule):
         places = {"size": len(dataset), "batch_size": 2 * self.batch_size, **self._rank()}
         if isinstance(dataset, StreamBatches):
             return self._loader(dataset, StreamOrder(**places, workers=self.num_workers, position=lambda: (0, 0)))
-        return self._loader(dataset, EvalOrder(**places))
+        dataset = self.near(dataset)
+        return self._loader(dataset, EvalOrder(**places, device=dataset.device))
 
     def _rank(self) -> dict[str, int]:
         trainer = self.trainer
@@ -296,12 +346,14 @@ class ImageDataModule(LightningDataModule):
     def _loader(self, dataset: SplitDataset | StreamBatches, order: Sampler) -> DataLoader:
         in_memory = isinstance(dataset, SplitDataset) and isinstance(dataset.split.images, Tensor)
         workers = 0 if in_memory else self.num_workers
+        on_device = isinstance(dataset, SplitDataset) and dataset.device.type != "cpu"
         return DataLoader(
             dataset,
             sampler=order,
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda" and not on_device,  # so that the host need not wait for the copy
             worker_init_fn=ignore_signals,
         )
 

@@ -13,10 +13,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data.cache
+import data.datamodule
 from data.augment import Augment
-from data.datamodule import Batch, EvalOrder, ImageDataModule, TrainOrder
+from data.datamodule import Batch, EvalOrder, ImageDataModule, TrainOrder, free_memory, home
 from data.sources import DataError
 
 START = (0, 0)
@@ -218,6 +222,135 @@ def test_training_batches_hold_the_images_they_name(digits):
     assert len(batch.labels) == 100
     assert torch.equal(batch.images, digits.source.train.images[where])
     assert torch.equal(batch.labels, digits.source.train.labels[where])
+
+
+# Where the images are
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+EVERYTHING = Augment(translate=0.2, flip=0.5, rotate=9, scale=0.1, color=0.3, erase=0.5, crop=0.5, policy=1, mixup=0.5)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "free", "place"),
+    [(GPU, 25, 100, GPU), (GPU, 26, 100, CPU), (GPU, 1, 0, CPU), (CPU, 25, 100, CPU), (CPU, 0, 0, CPU)],
+)
+def test_images_move_to_the_device_if_they_take_a_quarter_of_what_is_free(device, size, free, place):
+    assert home(device, size, free) == place
+
+
+def test_on_a_cpu_images_stay_where_they_are(digits):
+    """Memory-mapped, that is: no copy."""
+    assert free_memory(CPU) == 0
+    for split, loader in ((digits.train, digits.train_dataloader()), (digits.val, digits.val_dataloader())):
+        dataset: Any = loader.dataset
+        assert dataset.split.images.data_ptr() == split.split.images.data_ptr()
+        assert not loader.pin_memory
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_batches_are_slices_by_view(balance):
+    """Also where an image comes more than once an epoch: the number of such a view is beyond that of the images."""
+    module = ImageDataModule(dataset="digits", batch_size=100, balance=balance)
+    module.setup()
+    module.train.subset = module.train.subset[module.source.train.labels[module.train.subset].sort().indices[:300]]
+    beyond = 0
+    for batch in module.train_dataloader():
+        where = module.train.subset[batch.indices % 300]
+        beyond += int((batch.indices >= 300).sum())
+        assert torch.equal(batch.images, module.source.train.images[where])
+        assert torch.equal(batch.labels, module.source.train.labels[where])
+    assert (beyond > 0) == balance
+
+
+class Traffic(TorchDispatchMode):
+    """Fails where the host waits for the device, and notes what is copied from one to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied: list[tuple[int, bool]] = []  # numbers, and whether the host waits
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))  # .item(), nonzero() and the like fail here: fake tensors have no values
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if len({x.device.type for x in tensors}) > 1:
+            if func.overloadpacket.__name__ in ("_to_copy", "copy_"):
+                self.copied.append((tensors[0].numel(), not (kwargs or {}).get("non_blocking")))
+            else:  # a number of the host is handed over with the kernel, all else would be copied
+                assert all(x.ndim == 0 for x in tensors if x.device.type == "cpu"), func
+                assert func.overloadpacket.__name__ != "where", "where() copies numbers of the host, and waits"
+        return result
+
+
+@pytest.fixture
+def on_gpu(monkeypatch) -> ImageDataModule:
+    """A data module that believes in a GPU; to be used with fake tensors."""
+    monkeypatch.setattr(data.datamodule, "free_memory", lambda device: 2**40)
+    module = ImageDataModule(dataset="digits", batch_size=100, augment=EVERYTHING)
+    module.setup()
+    assert module.preprocess
+    module.device = GPU
+    return module
+
+
+def test_on_a_gpu_a_step_sends_no_image_and_waits_for_nothing(on_gpu):
+    with FakeTensorMode(allow_non_fake_inputs=True), Traffic() as traffic:
+        loader: Any = on_gpu.train_dataloader()
+        assert [size for size, _ in traffic.copied] == [1438 * 64, 1438, 1295]  # pixels, labels, which to train on
+        draws = iter(loader.sampler)
+        first = next(draws)
+        assert traffic.copied[3:] == [(1295, False)]  # the epoch's order
+        traffic.copied.clear()
+        for draw in (first, next(draws)):
+            batch = on_gpu.transfer_batch_to_device(loader.dataset[draw], GPU, 0)
+            assert traffic.copied == []
+            seen = on_gpu.augmented(batch)
+            assert traffic.copied == [(1, False)] * 2  # mean and standard deviation
+            traffic.copied.clear()
+            assert (seen.images.device, seen.labels.device, seen.indices.device) == (GPU, GPU, GPU)
+            assert (seen.images.shape, seen.labels.shape) == ((100, 1, 8, 8), (100, 10))
+
+
+def test_on_a_gpu_training_and_validation_share_one_copy(on_gpu):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loaders: list[Any] = [on_gpu.train_dataloader(), on_gpu.val_dataloader(), on_gpu.test_dataloader()]
+        train, val, test = (loader.dataset.split for loader in loaders)
+        assert train.images.device == test.images.device == GPU
+        assert train is val is not test
+        for batch in (loaders[1].dataset[draw] for draw in loaders[1].sampler):
+            assert {x.device for x in batch[:3]} == {GPU}
+        on_gpu.teardown("fit")
+        assert not on_gpu.copies
+
+
+def test_what_does_not_fit_is_sent_without_waiting(on_gpu, monkeypatch):
+    monkeypatch.setattr(data.datamodule, "free_memory", lambda device: 1000)
+    loader: Any = on_gpu.train_dataloader()
+    assert loader.pin_memory
+    assert loader.dataset[next(iter(loader.sampler))].images.device == CPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_real_gpu_sees_what_a_cpu_sees(digits):
+    """The same slices, and after augmentation the same images but for rounding; without a wait (torch checks)."""
+    modules = [ImageDataModule(dataset="digits", batch_size=100, augment=EVERYTHING) for _ in range(2)]
+    modules[1].device = GPU
+    batches = []
+    for module in modules:
+        module.setup()
+        stream = iter(module.train_dataloader())
+        next(stream)
+        torch.cuda.set_sync_debug_mode("error" if module.device == GPU else "default")
+        try:
+            batch = next(stream)
+            batches.append((batch, module.augmented(batch)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    (batch, seen), (gpu_batch, gpu_seen) = batches
+    assert {x.device for x in (*gpu_batch[:3], *gpu_seen[:3])} == {GPU}
+    for ours, theirs in zip(batch[:3], gpu_batch[:3], strict=True):
+        assert torch.equal(ours, theirs.cpu())
+    torch.testing.assert_close(gpu_seen.labels.cpu(), seen.labels, rtol=0, atol=1e-5)
+    assert (gpu_seen.images.cpu() - seen.images).abs().mean() < 1e-2
 
 
 # Splits and facts

@@ -180,7 +180,7 @@ def test_balanced_order_shows_classes_equally_often():
 
 
 def order(labels: torch.Tensor, *, epoch: int = 0, skip: int = 0, rank: int = 0, world_size: int = 1):
-    places = {"batch_size": 8 // world_size, "seed": 1, "rank": rank, "world_size": world_size}
+    places: dict[str, Any] = {"batch_size": 8 // world_size, "seed": 1, "rank": rank, "world_size": world_size}
     made = TrainOrder(size=len(labels), position=lambda: (epoch, skip), balance=labels, **places)
     return [draw.indices.tolist() for draw in made]
 

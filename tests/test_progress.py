@@ -65,6 +65,7 @@ def train(progress, trainer, module, clock, *, epochs: int, seconds: float, batc
             loss = {"loss": torch.tensor(2.0 if trainer.global_step == 1 else 1.0)}
             progress.on_train_batch_end(trainer, module, loss, batch, i)
         trainer.callback_metrics = {"val/acc": torch.tensor(0.5 + epoch / 100)}
+        progress.on_validation_end(trainer, module)
         progress.on_train_epoch_end(trainer, module)
     if end:
         trainer.current_epoch = epochs
@@ -157,6 +158,7 @@ def test_loss_is_read_a_few_times_a_second_only(clock, module):
 
     class Loss:
         read = 0
+        is_cuda = False
 
         def __float__(self) -> float:
             Loss.read += 1
@@ -169,6 +171,34 @@ def test_loss_is_read_a_few_times_a_second_only(clock, module):
         progress.on_train_batch_end(trainer, module, {"loss": Loss()}, SimpleNamespace(labels=torch.zeros(1)), i)
     progress.on_train_end(trainer, module)
     assert Loss.read <= 21
+
+
+def test_on_a_gpu_a_loss_is_read_once_it_has_arrived(clock, module, monkeypatch):
+    """The first at once; after that nothing waits for the device, and what is drawn is what was sent for before."""
+    arrived: list[bool] = []
+    monkeypatch.setattr(vit.progress, "send", lambda loss: (loss.number, SimpleNamespace(query=lambda: arrived[-1])))
+
+    class Loss:
+        is_cuda = True
+
+        def __init__(self, number: float) -> None:
+            self.number = number
+
+        def __float__(self) -> float:
+            assert self.number == 1, "read while it may still be computed"
+            return self.number
+
+    progress, trainer, shown = watched(), trainer_of(1, 6), []
+    progress.on_train_start(trainer, module)
+    for number, there in [(1, True), (2, True), (3, False), (4, True), (5, True)]:
+        arrived.append(there)
+        clock.now += 1
+        progress.on_train_batch_end(
+            trainer, module, {"loss": Loss(float(number))}, SimpleNamespace(labels=torch.zeros(1)), 0
+        )
+        shown.append(progress.loss)
+    progress.on_train_end(trainer, module)
+    assert shown == pytest.approx([1, 1, 1, 0.9 + 0.1 * 2, 0.9 * 1.1 + 0.1 * 4])  # the third came too soon to be sent
 
 
 @pytest.mark.parametrize("reason", ["disabled", "other rank"])

@@ -218,6 +218,7 @@ class Preprocess:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Float images (B, C, H, W) with the model's mean and std from uint8 pixels."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        numbers = (self.mean, self.std)
+        # Not torch.tensor(device=...), which would wait for all that a GPU has been given to do.
+        mean, std = (torch.tensor(n).view(-1, 1, 1).to(images.device, non_blocking=True) for n in numbers)
         return (images.float() / 255 - mean) / std

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
@@ -14,7 +15,8 @@ class TrainingProgress(ProgressBar):
     """One bar for the whole run in a terminal, one line an epoch (and at most one a few seconds) elsewhere.
 
     Shows epoch, loss (a running mean), validation accuracy, images a second, time gone and time left. Numbers are
-    fetched from the device only when they are drawn, a few times a second.
+    fetched from the device only when they are drawn, a few times a second; from a GPU without waiting for it, so that
+    the loss that is drawn is the one that was sent for at the drawing before.
     """
 
     def __init__(self) -> None:
@@ -24,6 +26,8 @@ class TrainingProgress(ProgressBar):
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.loss = self.rate = self.images = self.drawn = self.since = self.line = 0.0
+        self.accuracy: float | None = None
+        self.sent: tuple[Any, Any] | None = None  # a loss on its way from the GPU, and the event of its arrival
         self.unsaid = ""  # line of an epoch that came too soon after the last one
 
     def disable(self) -> None:
@@ -43,6 +47,7 @@ class TrainingProgress(ProgressBar):
         self._introduce(trainer, pl_module)
         self.since = self.drawn = time.monotonic()
         self.images = self.loss = 0.0
+        self.accuracy, self.sent = None, None
         total = trainer.estimated_stepping_batches
         columns = (
             SpinnerColumn(),
@@ -83,18 +88,34 @@ class TrainingProgress(ProgressBar):
         now = time.monotonic()
         if self.loss and now - self.drawn < 0.25:
             return
-        loss = float(outputs["loss"])
-        self.loss = loss if not self.loss else 0.9 * self.loss + 0.1 * loss
+        self._fetch(outputs["loss"])
         self.rate = self.images / max(now - self.drawn, 1e-9)
         self.drawn, self.images = now, 0.0
         self._draw(trainer)
+
+    def _fetch(self, loss: Any) -> None:
+        """Take up this loss; from a GPU, but for the first, the one sent for before, once it has arrived."""
+        if self.loss and loss.is_cuda:
+            before = self.sent
+            if before is not None and not before[1].query():
+                return
+            self.sent = send(loss)
+            if before is None:
+                return
+            loss = before[0]
+        number = float(loss)
+        self.loss = number if not self.loss else 0.9 * self.loss + 0.1 * number
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bar is not None and (accuracy := trainer.callback_metrics.get("val/acc")) is not None:
+            self.accuracy = float(accuracy)  # here once, not whenever it is drawn: the metric is on the device
 
     def _draw(self, trainer: Trainer) -> None:
         assert self.bar is not None
         assert self.task is not None
         numbers = [f"loss {self.loss:.3f}"]
-        if (accuracy := trainer.callback_metrics.get("val/acc")) is not None:
-            numbers.append(f"val acc {float(accuracy):.1%}")
+        if self.accuracy is not None:
+            numbers.append(f"val acc {self.accuracy:.1%}")
         numbers.append(f"{self.rate:,.0f} images/s")
         self.bar.update(
             self.task,
@@ -107,8 +128,7 @@ class TrainingProgress(ProgressBar):
         if self.bar is None or self.console.is_terminal:
             return
         now = time.monotonic()
-        accuracy = trainer.callback_metrics.get("val/acc")
-        shown = f"  val acc {float(accuracy):.1%}" if accuracy is not None else ""
+        shown = f"  val acc {self.accuracy:.1%}" if self.accuracy is not None else ""
         self.unsaid = f"epoch {epoch_of(trainer):>7}  loss {self.loss:.3f}{shown}  {now - self.since:,.0f} s"
         if now - self.line >= 5:
             self.line = now
@@ -144,6 +164,13 @@ class TrainingProgress(ProgressBar):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def send(loss: Any) -> tuple[Any, Any]:
+    """A copy of a GPU's number on the host, there when the event has happened."""
+    copy, event = loss.detach().to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return copy, event
 
 
 def epoch_of(trainer: Trainer) -> str:
