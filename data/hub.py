@@ -1,21 +1,25 @@
-"""Sets that other libraries name and open: Hugging Face's ``datasets`` and torchvision's.
+"""Sets that other libraries name and open: Hugging Face's ``datasets``, TensorFlow Datasets and torchvision's.
 
-``hfds/NAME`` and ``torch/NAME`` are read by number, as image files are; ``hfids/NAME`` is streamed.
+``hfds/NAME``, ``tfds/NAME`` and ``torch/NAME`` are read by number, as image files are; ``hfids/NAME`` is streamed.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data.cache import DataError, ImageFiles
+from data.cache import DataError, ImageFiles, write_atomically
 from data.labels import split_of
 from data.stream import progress, remembered
 from vit.preprocess import ImageError, open_image
@@ -49,6 +53,11 @@ class StoredImages(ImageFiles):
 
 
 Stored = tuple[Callable[[int], BytesIO | Image.Image], Tensor, str]  # image by number, labels (N,), fingerprint
+
+
+def one_line(error: Exception) -> str:
+    """What another library says, in short."""
+    return " ".join(str(error).split())[:300]
 
 
 # ---- Hugging Face datasets ------------------------------------------------------------------------------------------
@@ -101,7 +110,7 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
     try:
         found = datasets.load_dataset(dataset, cache_dir=str(root / "huggingface"), streaming=streaming)
     except Exception as error:  # no network, no such name, damaged files: each has its own
-        raise DataError(f"{dataset}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise DataError(f"{dataset}: cannot be loaded ({one_line(error)})") from None
     splits: dict[str, tuple[Any, str, str]] = {}
     class_names: tuple[str, ...] = ()
     for name, rows in found.items():
@@ -145,6 +154,106 @@ class RowImage:
         return BytesIO(encoded(self.rows[index][self.image]))
 
 
+# ---- TensorFlow Datasets --------------------------------------------------------------------------------------------
+
+
+def load_tfds(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored]]:
+    """Class names and splits of a set of TensorFlow Datasets, whose image files are copied into the cache once.
+
+    Its array_record files are read without TensorFlow, but only by a process that is not forked from another that did:
+    otherwise it hangs or crashes now and then. Hence the copy, made by a process of its own.
+
+    Args:
+        name: NAME, NAME/CONFIG or NAME:VERSION; prepared below ``root``, or else it is now.
+        root: The folder above NAME, that TensorFlow Datasets calls data_dir.
+
+    Raises:
+        DataError: If it cannot be had, or has no image and class columns.
+    """
+    if not copy_of(name, root).exists():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            process.submit(copy_tfds, name, root).result()
+    index = copy_of(name, root)
+    stored = json.loads(index.read_text())
+    splits: dict[str, Stored] = {}
+    for split, (lengths, labels) in stored["splits"].items():
+        file = str(index.with_suffix(f".{split}"))
+        image = StretchImage(file, np.cumsum([0, *lengths]))
+        splits[split] = image, torch.tensor(labels, dtype=torch.int64), file
+    return tuple(stored["class_names"]), splits
+
+
+def copy_of(name: str, root: Path) -> Path:
+    """The index of a set's copy in the cache; its name changes when another version is prepared."""
+    infos = sorted((root / name.partition(":")[0]).rglob("dataset_info.json"))
+    state = repr([name, *((str(path), path.stat().st_mtime_ns) for path in infos)])
+    slug = re.sub(r"[^\w.-]+", "_", name)[:40]
+    return root / "cache" / f"tfds_{slug}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.json"
+
+
+def copy_tfds(name: str, root: Path) -> None:
+    """Prepare a set, if need be, and write of each split its image files, one after the other; then the index."""
+    try:
+        import tensorflow_datasets
+    except ImportError:
+        raise DataError(f"tfds/{name}: needs tensorflow-datasets; pip install 'vit-rollout[tfds]'") from None
+    tfds: Any = tensorflow_datasets  # its types say too little and partly the wrong thing
+    try:
+        builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
+        builder.download_and_prepare()
+        info, columns = builder.info, dict(builder.info.features)
+        rows = builder.as_data_source(deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    except Exception as error:  # no network, no such name, another format, TensorFlow missing: each has its own
+        raise DataError(
+            f"tfds/{name}: cannot be had ({one_line(error)}); where TensorFlow is installed, "
+            f"'tfds build {name} --file_format=array_record --data_dir={root}' prepares it"
+        ) from None
+    order = [key for key in (*(info.supervised_keys or ()), *columns) if isinstance(key, str) and key in columns]
+    image = next((key for key in order if isinstance(columns[key], tfds.features.Image)), None)
+    label = next((key for key in order if isinstance(columns[key], tfds.features.ClassLabel)), None)
+    if image is None or label is None:
+        raise DataError(f"tfds/{name}: needs an image and a class column, has {', '.join(columns)}")
+    wanted = tfds.features.FeaturesDict({image: columns[image], label: columns[label]})
+    undecoded = {image: tfds.decode.SkipDecoding()}
+    index = copy_of(name, root)
+    splits: dict[str, tuple[list[int], list[int]]] = {}
+
+    def files(records: Any, split: str) -> Iterator[bytes]:
+        lengths, labels = splits[split] = [], []
+        for number in progress(list(range(len(records))), f"copying {split}"):
+            try:
+                row = wanted.deserialize_example_np(records[number], decoders=undecoded)
+            except Exception as error:  # a damaged file
+                raise DataError(f"tfds/{name} {split}, image {number}: {one_line(error)}") from None
+            lengths.append(len(row[image]))
+            labels.append(int(row[label]))
+            yield row[image]
+
+    for split, records in rows.items():
+        write_atomically(index.with_suffix(f".{split_of(str(split))}"), files(records, split_of(str(split))))
+    content = {"class_names": columns[label].names, "splits": splits}
+    write_atomically(index, [json.dumps(content).encode()])
+
+
+@dataclass(frozen=True)
+class StretchImage:
+    """The image file that is a stretch of a larger file: a function that worker processes can be sent.
+
+    Args:
+        file: Path of the larger file.
+        edges: Where in it images begin and end, in bytes (N + 1,).
+    """
+
+    file: str
+    edges: np.ndarray
+
+    def __call__(self, index: int) -> BytesIO:
+        start, stop = self.edges[index : index + 2].tolist()
+        with open(self.file, "rb") as file:
+            file.seek(start)
+            return BytesIO(file.read(stop - start))
+
+
 # ---- torchvision ----------------------------------------------------------------------------------------------------
 
 TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # their second split; of others it is val
@@ -166,7 +275,7 @@ def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored
         class_names = tuple(c[0] if isinstance(c, tuple) else str(c) for c in found["train"].classes)
         labels = {split: torch.as_tensor(part.targets, dtype=torch.int64) for split, part in found.items()}
     except Exception as error:  # no network, no such name (an AssertionError), wrong checksum
-        raise DataError(f"torch/{name}: cannot be had ({' '.join(str(error).split())[:300]})") from None
+        raise DataError(f"torch/{name}: cannot be had ({one_line(error)})") from None
     if any(part.ndim != 1 for part in labels.values()):  # QMNIST's say who wrote the digit too
         labels = {split: part[:, 0] for split, part in labels.items()}
     return class_names, {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.cache import DataError, ImageFiles, OnBad, cached_images, cached_statistics, channel_statistics, readable
-from data.hub import StoredImages, hub_images, hub_shards, load_hub, load_torch
+from data.hub import StoredImages, hub_images, hub_shards, load_hub, load_tfds, load_torch
 from data.labels import TABLES, list_images, list_table
 from data.stream import Shards, Stream, load_tars, stream_statistics
 from vit.preprocess import Preprocess
@@ -24,7 +24,7 @@ CIFAR_STATISTICS = {  # of the training images, as published with most recipes
 }
 FORMS = (
     "'digits', 'cifar10', 'cifar100', a folder with one subfolder of images for each class, a table of labels "
-    f"(*{', *'.join(TABLES)}), or torch/NAME, hfds/NAME, hfids/NAME, wds/FOLDER"
+    f"(*{', *'.join(TABLES)}), or torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/FOLDER"
 )
 
 
@@ -87,8 +87,8 @@ def load_source(
     Args:
         dataset: 'digits', 'cifar10', 'cifar100'; a folder: train/CLASS/*.jpg with val/ and test/ beside it if there are
             any, or just CLASS/*.jpg, or several of them, divided by commas; a table FILE.csv, .tsv or .parquet with
-            columns path, label and perhaps split; torch/NAME of torchvision, hfds/NAME of Hugging Face; streamed:
-            hfids/NAME, wds/FOLDER of tar files.
+            columns path, label and perhaps split; torch/NAME of torchvision, hfds/NAME of Hugging Face, tfds/NAME of
+            TensorFlow Datasets; streamed: hfids/NAME, wds/FOLDER of tar files.
         root: Folder for downloads and the cache.
         image_size: Height and width to cut images to, in pixels; None if all of them have the same size.
         num_workers: Processes that decode images; 0 decodes in this one.
@@ -108,9 +108,7 @@ def load_source(
         source = load_cifar(dataset, root)
     elif slash and kind in ("wds", "hfids"):
         return load_stream(dataset, kind, rest, root=root, image_size=size, on_bad=on_bad)
-    elif slash and kind == "tfds":
-        raise DataError(f"{dataset}: sets of TensorFlow are not read: take hfds/NAME, or write tar files for wds/")
-    elif slash and kind in ("hfds", "torch"):
+    elif slash and kind in ("hfds", "tfds", "torch"):
         return load_stored(dataset, kind, rest, root=root, image_size=size, num_workers=num_workers, on_bad=on_bad)
     else:
         return load_files(dataset, root=root, image_size=size, num_workers=num_workers, on_bad=on_bad)
@@ -236,12 +234,13 @@ def load_stored(
     num_workers: int,
     on_bad: OnBad,
 ) -> Source:
-    """A set of torchvision or Hugging Face that is on the disk after its download."""
-    if kind == "torch":
-        class_names, found = load_torch(name, root)
+    """A set of torchvision, TensorFlow Datasets or Hugging Face that is on the disk after its download."""
+    if kind in ("tfds", "torch"):
+        class_names, found = (load_tfds if kind == "tfds" else load_torch)(name, root)
     else:
         class_names, rows = load_hub(name, root, streaming=False)
         found = {split: hub_images(f"{dataset} {split}", *part) for split, part in rows.items()}
+    found = {s: part for s, part in found.items() if len(part[1]) and part[1].min() >= 0}  # -1: a secret, as ImageNet's
     if "train" not in found:
         raise DataError(f"{dataset} has no training split, only {', '.join(found)}")
     files = {

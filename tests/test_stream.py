@@ -327,7 +327,6 @@ def test_damaged_tar_is_named(tmp_path, shards):
     ("name", "options", "message"),
     [
         ("wds/{}/none", {}, "none is no folder: give wds/FOLDER"),
-        ("tfds/mnist", {}, "tfds/mnist: sets of TensorFlow are not read: take hfds/NAME, or write tar files"),
         ("wds/{}/tars", {"image_size": None}, "is streamed, so its images have no one size: give data.image_size"),
     ],
 )
@@ -404,6 +403,17 @@ def test_hub_sets_are_read_by_number(hub, options):
     assert source.train.labels.tolist() == [i % 3 for i in range(34)]
     assert source.train.images[torch.tensor([30, 2])][:, 0, 0, 0].tolist() == [30, 2]
     assert source.test.images[:, 0, 0, 0].tolist() == [34, 35, 36, 37]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
+def test_splits_whose_labels_are_secret_are_left_out(hub, options):
+    datasets = pytest.importorskip("datasets")
+    (file,) = hub.glob("test-*.parquet")
+    rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(options["root"]))
+    rows.map(lambda row: {"kind": -1}).to_parquet(str(file))
+    source: Any = load_source(f"hfds/{hub}", **options)
+    assert source.test is None
+    assert len(source.train.labels) == 34
 
 
 def test_missing_hub_set_is_one_line(tmp_path, options, monkeypatch):
