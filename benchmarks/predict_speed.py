@@ -38,7 +38,6 @@ import predict
 from benchmarks.record import record
 from vit.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vit.model import VisionTransformer
-from vit.predictor import Prediction, Predictor
 from vit.preprocess import SUFFIXES, Preprocess
 
 WIDTH: dict[str, Any] = dict(embed_dim=192, depth=12, num_heads=3)  # ViT-Ti
@@ -73,21 +72,7 @@ def main(args: list[str] | None = None) -> None:
         table.add_row(name, *(str(row[name]) for row in rows))
     Console().print(table)
     facts = {"turns": options.turns, "batch size": options.batch_size, "model": "ViT-Ti, patches of 4 and 16 pixels"}
-    shipped = precisions(sources)
-    print("shipped weights:", shipped)
-    print(record("predict_speed", rows, **facts, shipped_weights=shipped))
-
-
-def precisions(images: list[Path]) -> dict[str, float]:
-    """The shipped weights' labels and scores in bfloat16 beside those in float32."""
-    fast, exact = (Predictor.from_checkpoint(device="cpu", precision=name) for name in ("bfloat16", "float32"))
-    same, difference = 0, 0.0
-    for a, b in zip(fast.predict_iter(images), exact.predict_iter(images), strict=True):
-        assert isinstance(a, Prediction)
-        assert isinstance(b, Prediction)
-        same += a.label == b.label
-        difference = max(difference, max(abs(a.scores[name] - b.scores[name]) for name in a.scores))
-    return {"images": len(images), "same label": same, "largest difference of a score": round(difference, 4)}
+    print(record("predict_speed", rows, **facts))
 
 
 def spread(paths: list[Path], count: int) -> list[Path]:
