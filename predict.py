@@ -29,8 +29,9 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        "predict.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        "predict.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     p.add_argument("sources", metavar="SOURCE", nargs="*", help="image, folder, glob, or - for paths on standard input")
     p.add_argument("--checkpoint", metavar="FILE", help="model.safetensors or .ckpt [the shipped CIFAR-10 weights]")
     p.add_argument("--recursive", action="store_true", help="search folders with their subfolders")
@@ -59,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="bfloat16 moves scores by up to about 0.04, labels not [auto: bfloat16 if the hardware has it]",
+        help="bfloat16 moves scores by up to about 0.04, labels not; maps are always float32 [auto: bfloat16 if the "
+        "hardware has it]",
     )
     group.add_argument("--workers", metavar="N", type=positive, help="threads that decode [one a core]")
     group.add_argument(

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,12 +25,20 @@ from vit.history import History
 from vit.progress import TrainingProgress
 from vit.saving import CheckpointFile
 
+DESCRIPTION = (
+    "Train a vision transformer on images. The project's own settings are --model.* and --data.*; --trainer.* are "
+    "Lightning's. predict.py classifies."
+)
 FACTS = ("class_names", "mean", "std", "image_size")  # flow from the data to the model
 
 
 class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """One line; the usual way is to print all options first."""
+        """One line, with the option that was perhaps meant; the usual way is to print all options first."""
+        if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+            parser = getattr(ex, "subcommand_parser", self)
+            known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+            message += "".join(f"; did you mean {name}?" for name in get_close_matches(wrong[1], known, n=1))
         raise ValueError(message) from ex
 
 
@@ -39,6 +49,11 @@ def several(value: Any) -> list[Any]:
 
 class TrainCLI(LightningCLI):
     """LightningCLI with what every run of this project has: facts linked, files in one folder, our progress bar."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without ``predict``: that is what predict.py is for."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for fact in FACTS:
@@ -138,6 +153,7 @@ def main(args: ArgsType = None) -> int:
             ImageDataModule,
             args=args,
             parser_class=Parser,
+            parser_kwargs={"description": DESCRIPTION},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},

@@ -38,7 +38,9 @@ def sheet(predictor: Predictor, images: Iterable[Image.Image | Path], **layout: 
     entries = []
     for image in images:
         e = predictor.explain(image)
-        entries.append({"image": e.image, "grid": e.grid, "box": e.box, "caption": e.caption})
+        entries.append(
+            {"image": e.image, "grid": e.grid, "box": e.box, "caption": f"{e.target} {e.prediction.score:.1%}"}
+        )
     return contact_sheet(entries, **layout)
 
 

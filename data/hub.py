@@ -106,7 +106,7 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{dataset}: needs the package datasets; pip install 'vit-rollout[stream]'") from None
+        raise DataError(f"{dataset}: needs the package datasets; pip install datasets") from None
     try:
         found = datasets.load_dataset(dataset, cache_dir=str(root / "huggingface"), streaming=streaming)
     except Exception as error:  # no network, no such name, damaged files: each has its own
@@ -196,7 +196,9 @@ def copy_tfds(name: str, root: Path) -> None:
     try:
         import tensorflow_datasets
     except ImportError:
-        raise DataError(f"tfds/{name}: needs tensorflow-datasets; pip install 'vit-rollout[tfds]'") from None
+        raise DataError(
+            f"tfds/{name}: needs tensorflow-datasets; pip install tensorflow-datasets array_record importlib_resources"
+        ) from None
     tfds: Any = tensorflow_datasets  # its types say too little and partly the wrong thing
     try:
         builder = tfds.builder(name, data_dir=str(root), file_format="array_record")

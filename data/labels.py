@@ -176,7 +176,7 @@ def read_table(file: Path) -> Iterable[dict[str, Any]]:
         try:
             from pyarrow import parquet
         except ImportError:
-            raise DataError(f"{file}: needs the package pyarrow; pip install 'vit-rollout[parquet]'") from None
+            raise DataError(f"{file}: needs the package pyarrow; pip install pyarrow") from None
         return parquet.read_table(file).to_pylist()
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         return list(csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ","))

@@ -199,7 +199,7 @@ def test_explanation_of_a_class(predictor):
     assert contrast.target == "cat"
     with pytest.raises(ValueError, match="no class 'horse'"):
         predictor.explain(image, target="cat", against="horse")
-    assert maps["cat"].caption == f"cat {maps['cat'].prediction.scores['cat']:.1%}"
+    assert maps["cat"].caption == f"cat {maps['cat'].prediction.scores['cat']:.1%} · {maps['cat'].method}"
     with pytest.raises(ValueError, match="no class 'horse'; the classes are cat, dog, frog"):
         predictor.explain(image, target="horse")
     with pytest.raises(ValueError, match="method 'magic' is not one of rollout"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
+from PIL import Image
 
 import predict
 from train import TrainCLI
@@ -68,6 +69,15 @@ def test_files_and_pictures_exist() -> None:
     for name in re.findall(r"(?:^|; )((?:[\w/.]+ ?)+?)(?=  |:)", tree, re.M):
         for path in name.split():
             assert (ROOT / path).exists(), path
+
+
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (script,) = (block for block in BLOCKS if "from vit import" in block)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "teal").save("photo.jpg")
+    exec(script, {})
+    with Image.open("map.png") as picture:
+        assert picture.width > 40
 
 
 def result(name: str) -> dict:

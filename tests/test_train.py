@@ -291,7 +291,7 @@ def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
         "patch size": (["--model.patch_size=3"], "8 is not a multiple of patch size 3"),
         "heads": (["--model.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3"),
         "no config": ([f"--config={nowhere}.yaml"], f"{nowhere}.yaml"),
-        "unknown key": (["--model.patchsize=3"], "patchsize"),
+        "unknown key": (["--model.patchsize=3"], "--model.patchsize=3; did you mean model.patch_size?"),
         "unknown key of the data": (["--data.folder=3"], "folder"),
         "not a number": (["--data.batch_size=many"], "many"),
         "not a choice": (["--model.optimizer=sgd"], "sgd"),

@@ -155,7 +155,7 @@ def export_onnx(model: VisionTransformer, about: Checkpoint, path: str | Path) -
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
-        raise CheckpointError(f"{error.name} is not installed: pip install 'vit-rollout[onnx]'") from error
+        raise CheckpointError(f"{error.name} is not installed: pip install onnx onnxscript onnxruntime") from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     explained = Explained(model, about).eval()

@@ -106,7 +106,7 @@ class Gallery:
         entry = {"image": image, "grid": grid.numpy(), "caption": f"{label} {score:.1%}"}
         entry["box"] = self.predictor.preprocess.box(*image.size)
         file = f"{self.folder}/{map_name(path)}"
-        self._save(overlay(**entry), file)
+        self._save(overlay(**{**entry, "caption": f"{entry['caption']} · {self.method}"}), file)
         return file, _small(entry) if remember else None
 
     def flush(self, *, end: bool = False) -> None:

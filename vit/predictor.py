@@ -80,8 +80,8 @@ class Explanation:
 
     @property
     def caption(self) -> str:
-        """The target and its probability."""
-        return f"{self.target} {self.prediction.scores[self.target]:.1%}"
+        """The target, its probability, and how the map was made."""
+        return f"{self.target} {self.prediction.scores[self.target]:.1%} · {self.method}"
 
     def overlay(self) -> Image.Image:
         """A picture of image, map and caption."""

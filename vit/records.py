@@ -9,7 +9,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -208,12 +208,15 @@ class Table:
         self.label_width = min(24, max(map(len, labels)))
         self.path_width = 20
 
+    def widen(self, paths: Iterable[str]) -> None:
+        """Make room for the paths of the next records, so that their columns line up."""
+        self.path_width = max(self.path_width, *(min(len(printable(shown(path))), 60) for path in paths))
+
     def start(self) -> bytes:
         return b""
 
     def record(self, record: Record) -> bytes:
         path = printable(shown(record["path"]))
-        self.path_width = max(self.path_width, min(len(path), 60))
         if "error" in record:
             text = f"error: {printable(record['error'])}"
         else:

@@ -142,6 +142,10 @@ def load_and_classify(options: argparse.Namespace) -> int:
         say(f"predict.py: out of memory; try a --batch-size below {options.batch_size or predictor.batch_size}")
         return USAGE
     summary.tell(inputs)
+    if summary.classified and options.maps:
+        say(f"  maps: {options.maps}, the first of them side by side in {os.path.join(options.maps, 'sheet.png')}")
+    if summary.classified and options.report:
+        say(f"  page: {options.report}")
     if not summary.failed and (summary.classified or options.shard[1] > 1):
         return OK
     return SOME_FAILED if summary.classified else NONE_SUCCEEDED
@@ -210,7 +214,7 @@ def classify(
 ) -> None:
     """Every input to a record of the output, batch by batch."""
     from vit.predictor import batches
-    from vit.records import OutputError
+    from vit.records import OutputError, Table
 
     gallery = None
     if options.maps or options.report:
@@ -227,6 +231,8 @@ def classify(
     done = 0
     methods = (options.method,) if gallery or options.score_maps else ()
     for batch in work.classify(pieces, methods=methods, score_maps=options.score_maps, workers=options.workers):
+        if isinstance(output.format, Table):
+            output.format.widen(path_of(source) for source in batch.sources)
         for record in records_of(batch, options, predictor, gallery):
             if done < len(again):
                 if output.format.record(record) != again[done] and b'"error"' not in again[done]:
@@ -344,7 +350,8 @@ class Summary:
         total = self.classified + self.failed
         rate = (total - self.resumed) / seconds
         speed = f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"
-        words = f"{total} images in {seconds:.1f} s ({speed}/s): {self.classified} classified, {self.failed} failed"
+        words = f"{total} image{'s' * (total != 1)} in {seconds:.1f} s ({speed}/s): "
+        words += f"{self.classified} classified, {self.failed} failed"
         say(words + f", {self.unsure} unsure" * bool(self.unsure))
         if self.labels:
             most = self.labels.most_common(10)
