@@ -213,7 +213,7 @@ def test_page_works_in_a_browser(tmp_path, window):
     found = json.loads(dumped[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert found["cards"] == 3
     assert found["path"].startswith("photos/0.jpg")
-    assert "val/acc 82.1 %" in found["facts"]
+    assert "validation accuracy 82.1 %" in found["facts"]
     assert len(found["bars"]) == TOP
     assert found["strip"] == 6
     assert found["said"] == "Shown: rollout."
