@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from itertools import count, islice, pairwise
 from typing import Any
 
@@ -80,8 +81,7 @@ def ours(config: str, dataset: str, epochs: int, seed: int, device: torch.device
 
 def control(dataset: str, minutes: float, seed: int, device: torch.device) -> dict[str, Any]:
     """CCT-7/3x1 in this many minutes, once; how many epochs that makes is measured first."""
-    from vit_pytorch.cct import cct_7
-
+    cct: Any = import_module("vit_pytorch.cct")
     augment = Augment(translate=0.125, flip=0.5, policy=1.0, mixup=0.5, cutmix=0.5)
     module = ImageDataModule(dataset=dataset, batch_size=128, val_fraction=0, seed=seed, augment=augment)
     module.device = device
@@ -89,7 +89,7 @@ def control(dataset: str, minutes: float, seed: int, device: torch.device) -> di
     module.setup()
     facts = {"img_size": module.image_size, "num_classes": len(module.class_names)}
     torch.manual_seed(seed)
-    model = cct_7(**facts, n_conv_layers=1, kernel_size=3, stride=1, padding=1, positional_embedding="learnable")
+    model = cct.cct_7(**facts, n_conv_layers=1, kernel_size=3, stride=1, padding=1, positional_embedding="learnable")
     model = model.to(device)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     network = torch.compile(model, dynamic=False) if device.type == "cuda" else model

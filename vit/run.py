@@ -232,7 +232,8 @@ def classify(
     methods = (options.method,) if gallery or options.score_maps else ()
     for batch in work.classify(pieces, methods=methods, score_maps=options.score_maps, workers=options.workers):
         if isinstance(output.format, Table):
-            output.format.widen(path_of(source) for source in batch.sources)
+            sources: Any = batch.sources
+            output.format.widen(map(path_of, sources))
         for record in records_of(batch, options, predictor, gallery):
             if done < len(again):
                 if output.format.record(record) != again[done] and b'"error"' not in again[done]:
