@@ -15,6 +15,7 @@ from vit.preprocess import SUFFIXES
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 TABLES = (".csv", ".tsv", ".parquet")
+TOO_FEW = "has one image, too few to train and validate: add images, remove the class"
 
 Listing = tuple[str, np.ndarray, Tensor]  # a folder, paths below it as bytes (N,), class numbers (N,)
 
@@ -42,13 +43,15 @@ def list_images(roots: list[Path]) -> tuple[tuple[str, ...], dict[str, Listing]]
         parts = {split: find_images(folders[split], class_names, split) for split in SPLITS if split in folders}
     except OSError as error:
         raise DataError(f"{os.fsdecode(error.filename or roots[0])}: {error.strerror}") from None
-    counts = parts["train"][2].bincount()
-    if "val" not in parts and counts.min() == 1:
-        raise DataError(
-            f"{folders['train'][0] / class_names[int(counts.argmin())]} has one image, too few to train and validate: "
-            "add images, remove the class or give a val/ folder"
-        )
+    if name := class_of_one(class_names, parts):
+        raise DataError(f"{folders['train'][0] / name} {TOO_FEW} or give a val/ folder")
     return class_names, parts
+
+
+def class_of_one(class_names: tuple[str, ...], listings: dict[str, Listing]) -> str | None:
+    """A class of one training image, where some of each class must be held out; none if there is none."""
+    counts = listings["train"][2].bincount()
+    return class_names[int(counts.argmin())] if "val" not in listings and counts.min() == 1 else None
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -161,12 +164,8 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             raise DataError(f"{file}: class {min(unknown)!r} of the {split} images is none of the training images")
         names = np.array([os.fsencode(path) for path, _ in pairs])
         listings[split] = str(file.parent), names, torch.tensor([numbers[label] for _, label in pairs])
-    counts = listings["train"][2].bincount()
-    if "val" not in listings and counts.min() == 1:
-        raise DataError(
-            f"{file}: class {class_names[int(counts.argmin())]!r} has one image, too few to train and validate: "
-            "add images, remove the class or mark validation images in a column 'split'"
-        )
+    if name := class_of_one(class_names, listings):
+        raise DataError(f"{file}: class {name!r} {TOO_FEW} or mark validation images in a column 'split'")
     return class_names, listings
 
 
