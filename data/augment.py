@@ -58,30 +58,24 @@ class Augment:
     cutmix: float = 0.0
     mix_until: int | None = None
 
-    def pixels(self, images: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    def pixels(self, images: Tensor, draws: Tensor) -> Tensor:
         """Images (B, C, H, W) of 0 to 255 with those changes that are about grey levels; before they are normalised."""
-        if not self.policy:
-            return images
-        change, strength = self.changes(uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS))
-        return change_levels(images.float(), change, strength)
+        return change_levels(images.float(), *self.changes(draws)) if self.policy else images
 
     def changes(self, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Number of each image's change in ``CHANGES`` (B,) and its strength in [-1, 1) (B,); 0 is none."""
         change = 1 + (draws[:, 18] * (len(CHANGES) - 1)).long()
         return torch.where(draws[:, 17] < self.policy, change, 0), 2 * draws[:, 19] - 1
 
-    def mix(
-        self, images: Tensor, labels: Tensor, *, classes: int, seed: int, epoch: int, indices: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def mix(self, images: Tensor, labels: Tensor, draws: Tensor, *, classes: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W), some mixed with the one before them in the batch, and labels that say so.
 
         Args:
             images: Normalised images (B, C, H, W).
             labels: Class numbers, int64 (B,).
+            draws: ``uniform`` numbers of these images (B, DRAWS).
             classes: Number of classes.
-            seed: Seed of the run.
             epoch: Passes over the data set before this one.
-            indices: Which images, int64 (B,).
 
         Returns:
             The images, and shares of the classes (B, classes) that add up to 1; or the labels as they are where nothing
@@ -89,7 +83,7 @@ class Augment:
         """
         if not (self.mixup or self.cutmix) or (self.mix_until is not None and epoch >= self.mix_until):
             return images, labels
-        which, share, y, x = uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS)[:, 20:].T
+        which, share, y, x = draws[:, 20:].T
         blend = torch.where(which < self.mixup, share, 1)
         inside = (which >= self.mixup) & (which < self.mixup + self.cutmix)
         side = (1 - share).sqrt() * inside  # of the rectangle, as a share of the image's; cut off at its borders
@@ -101,9 +95,8 @@ class Augment:
         blend = blend.to(images.dtype)[:, None, None, None]
         return torch.where(mask[:, None], others, blend * images + (1 - blend) * others), shares
 
-    def __call__(self, images: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
-        """Augmented copies of normalised images (B, C, H, W), which are images ``indices`` (B,) of the data set."""
-        draws = uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS)
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augmented copies of normalised images (B, C, H, W), from ``uniform`` numbers of these (B, DRAWS)."""
         height, width = images.shape[2:]
         moves = []  # what is written first acts on the image first
         if self.crop:

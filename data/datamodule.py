@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.augment import Augment
+from data.augment import DRAWS, Augment, uniform
 from data.cache import OnBad
 from data.sources import DataError, Source, Split, Stream, load_source, prepare_source, stratified_split
 from data.stream import StreamDataset, StreamOrder, even
@@ -364,8 +364,8 @@ class ImageDataModule(LightningDataModule):
 
     def augmented(self, batch: Batch) -> Batch:
         """What a training step sees of a batch of uint8 images, on their device."""
-        which: dict[str, Any] = {"seed": self.seed, "epoch": batch.epoch, "indices": batch.indices}
-        images = self.preprocess.normalize(self.augment.pixels(batch.images, **which))
-        images = self.augment(images, **which)
-        images, labels = self.augment.mix(images, batch.labels, classes=len(self.class_names), **which)
+        draws = uniform(seed=self.seed, epoch=batch.epoch, indices=batch.indices, count=DRAWS)
+        images = self.augment(self.preprocess.normalize(self.augment.pixels(batch.images, draws)), draws)
+        classes = len(self.class_names)
+        images, labels = self.augment.mix(images, batch.labels, draws, classes=classes, epoch=batch.epoch)
         return batch._replace(images=images, labels=labels)

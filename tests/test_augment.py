@@ -8,6 +8,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from data.augment import (
     CHANGES,
+    DRAWS,
     Augment,
     _mix,
     change_levels,
@@ -28,12 +29,17 @@ def draws(count: int = 1, images: int = 20_000, seed: int = 0, epoch: int = 0) -
     return uniform(seed=seed, epoch=epoch, indices=torch.arange(images), count=count)
 
 
+def of(indices: torch.Tensor, seed: int = 0, epoch: int = 0) -> torch.Tensor:
+    """All random numbers of these images."""
+    return uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS)
+
+
 def pictures(count: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> torch.Tensor:
     return torch.rand(count, channels, *size, generator=torch.Generator().manual_seed(0))
 
 
 def view(augment: Augment, images: torch.Tensor, indices=None, seed: int = 0, epoch: int = 0) -> torch.Tensor:
-    return augment(images, seed=seed, epoch=epoch, indices=torch.arange(len(images)) if indices is None else indices)
+    return augment(images, of(torch.arange(len(images)) if indices is None else indices, seed=seed, epoch=epoch))
 
 
 # The generator
@@ -375,19 +381,19 @@ def test_changes_come_equally_often():
 def test_grey_levels_do_not_depend_on_the_batch(size):
     images, order = pictures(60, size) * 255, torch.randperm(60)
     augment = Augment(policy=1)
-    whole = augment.pixels(images, seed=1, epoch=2, indices=torch.arange(60))
-    torch.testing.assert_close(augment.pixels(images[order], seed=1, epoch=2, indices=order), whole[order])
-    assert (augment.pixels(images, seed=1, epoch=3, indices=torch.arange(60)) != whole).any()
+    whole = augment.pixels(images, of(torch.arange(60)))
+    torch.testing.assert_close(augment.pixels(images[order], of(order)), whole[order])
+    assert (augment.pixels(images, of(torch.arange(60), epoch=3)) != whole).any()
     assert whole.min() >= 0
     assert whole.max() <= 255
-    assert Augment().pixels(images, seed=1, epoch=2, indices=order) is images
+    assert Augment().pixels(images, of(order)) is images
 
 
 # Mixing
 
 
 def mixed(augment: Augment, images: torch.Tensor, labels: torch.Tensor, epoch: int = 0, classes: int = 5):
-    return augment.mix(images, labels, classes=classes, seed=0, epoch=epoch, indices=torch.arange(len(images)))
+    return augment.mix(images, labels, of(torch.arange(len(images)), epoch=epoch), classes=classes, epoch=epoch)
 
 
 def test_labels_say_how_much_of_each_image_is_there():
