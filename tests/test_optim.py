@@ -1,5 +1,6 @@
 """Weight decay where it belongs, each parameter moved once, and the learning rate's way up and down."""
 
+import copy
 import math
 import re
 from itertools import pairwise
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim.muon import Muon
 
 from vit.model import VisionTransformer
 from vit.optim import build_optimizer, learning_rate, parameter_groups
@@ -92,6 +94,36 @@ def test_muon_turns_hidden_matrices_only(model):
             size = step.abs().flatten() / RATES["lr"]
             assert size.median() > 0.9, key
             assert size.max() / size.median() < 1.01, key
+
+
+def test_muon_is_timms(model):
+    """Several steps, one without a gradient for a block, to the bit, and the same to save and to go on from."""
+    twin = copy.deepcopy(model)
+    ours = build_optimizer(model, name="muon", **RATES)
+    theirs = Muon(
+        [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [dict(twin.named_parameters())[names[id(parameter)]] for parameter in group["params"]],
+            }
+            for names in [{id(parameter): name for name, parameter in model.named_parameters()}]
+            for group in ours.param_groups
+        ]
+    )
+    for step in range(3):
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        if step == 1:
+            for part in (*model.blocks[0].parameters(), *twin.blocks[0].parameters()):
+                part.grad = None
+        ours.step()
+        theirs.step()
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine, other)
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine["param_groups"] == other["param_groups"]
+    torch.testing.assert_close(mine["state"], other["state"], rtol=0, atol=0)
 
 
 def test_adamw_is_torchs(model):

@@ -45,8 +45,8 @@ class ViTClassifier(LightningModule):
         class_names: Name of each class, in the order of the labels; from the data.
         mean: Mean of each channel, of values in [0, 1]; from the data.
         std: Standard deviation of each channel, of values in [0, 1]; from the data.
-        optimizer: ``adamw``, or ``muon`` for the blocks' matrices with AdamW for the rest.
-        lr: Peak learning rate of AdamW.
+        optimizer: ``adamw``, or ``muon`` for the blocks' matrices with NAdamW for the rest.
+        lr: Peak learning rate of (N)AdamW.
         muon_lr: Peak learning rate of Muon.
         weight_decay: Decoupled weight decay; biases, norms and embeddings are exempt.
         warmup: Share of all steps in which the learning rate rises, in [0, 1).

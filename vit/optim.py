@@ -1,11 +1,14 @@
 """Which parameters are decayed, which optimiser moves them, and how the learning rate runs over the steps."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
-from timm.optim.muon import Muon
+import torch
+from timm.optim.muon import _COEFFICIENTS, Muon, get_lr_scale, resolve_ns_coefficients, zeropower_via_newtonschulz
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 TOKENS = ("pos_embed", "cls_token", "reg_token")
@@ -46,6 +49,54 @@ def split_by_depth(model: nn.Module, group: dict[str, Any], decay: float) -> lis
     return [{**group, "params": parts[n], "lr": group["lr"] * decay**n} for n in sorted(parts)]
 
 
+class StackedMuon(Muon):
+    """timm's Muon, to the bit, but all matrices of one shape are turned by the same products.
+
+    One by one they are thirty small operations each, for which a GPU is waited for more than it computes; matrices that
+    are shared out over processes (FSDP) are left to timm.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step."""
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            if not group.get("use_fallback"):
+                self.turn(group)
+        self.param_groups = [group for group in groups if group.get("use_fallback")]  # timm's part
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def turn(self, group: dict[str, Any]) -> None:
+        """Move the matrices of a group."""
+        alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                alike[parameter.shape].append(parameter)
+        coefficients = resolve_ns_coefficients(group["ns_coefficients"], _COEFFICIENTS)
+        for shape, matrices in alike.items():
+            for matrix in matrices:
+                if not self.state[matrix]:
+                    self.state[matrix] = {"use_muon": True, "momentum_buffer": torch.zeros_like(matrix)}
+            momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+            gradients = [matrix.grad for matrix in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            turned = zeropower_via_newtonschulz(torch.stack(ahead), group["ns_steps"], coefficients, eps=group["eps"])
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            scale = group["lr"] * get_lr_scale(shape, group["adjust_lr_fn"])
+            torch._foreach_add_(matrices, turned.to(matrices[0].dtype).unbind(), alpha=-scale)
+
+
 def build_optimizer(
     model: nn.Module,
     *,
@@ -55,12 +106,12 @@ def build_optimizer(
     weight_decay: float,
     layer_decay: float = 1.0,
 ) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, 1711.05101), or Muon on the hidden matrices with AdamW for everything else.
+    """AdamW (Loshchilov & Hutter 2019, 1711.05101), or Muon on the hidden matrices with NAdamW for the rest.
 
     Args:
         model: The module whose parameters are trained.
         name: ``adamw``, or ``muon`` (Jordan et al. 2024; Liu et al. 2025, 2502.16982), by timm.
-        lr: Peak learning rate of AdamW.
+        lr: Peak learning rate of (N)AdamW.
         muon_lr: Peak learning rate of Muon; its update has the size sqrt(max(1, rows / columns)) for rate 1.
         weight_decay: Decoupled decay of matrices; a step takes the learning rate times this off them. With Muon it is
             what keeps them small, as its updates do not shrink with the gradient.
@@ -82,7 +133,7 @@ def build_optimizer(
         return optimizer
     hidden = {"params": groups["hidden"], "lr": muon_lr, "weight_decay": weight_decay}
     others = [{**group, "use_fallback": True} for group in (decayed, plain)]
-    return Muon(ready([hidden, *others]), nesterov=True, adjust_lr_fn="original", betas=(0.9, 0.99))
+    return StackedMuon(ready([hidden, *others]), nesterov=True, adjust_lr_fn="original", betas=(0.9, 0.99))
 
 
 def learning_rate(*, total: int, warmup: int, shape: Literal["cosine", "linear"]) -> Callable[[int], float]:
