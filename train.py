@@ -59,6 +59,7 @@ class TrainCLI(LightningCLI):
         for fact in FACTS:
             parser.link_arguments(f"data.{fact}", f"model.{fact}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("model.compile", "data.compile")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")  # the best; before the guard saves its state
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
         parser.add_lightning_class_args(Guard, "guard")

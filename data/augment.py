@@ -67,7 +67,11 @@ class Augment:
         change = 1 + (draws[:, 18] * (len(CHANGES) - 1)).long()
         return torch.where(draws[:, 17] < self.policy, change, 0), 2 * draws[:, 19] - 1
 
-    def mix(self, images: Tensor, labels: Tensor, draws: Tensor, *, classes: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def mixes(self, epoch: int) -> bool:
+        """Whether images are mixed after this many passes over the data set."""
+        return bool(self.mixup or self.cutmix) and (self.mix_until is None or epoch < self.mix_until)
+
+    def mix(self, images: Tensor, labels: Tensor, draws: Tensor, *, classes: int) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W), some mixed with the one before them in the batch, and labels that say so.
 
         Args:
@@ -75,14 +79,10 @@ class Augment:
             labels: Class numbers, int64 (B,).
             draws: ``uniform`` numbers of these images (B, DRAWS).
             classes: Number of classes.
-            epoch: Passes over the data set before this one.
 
         Returns:
-            The images, and shares of the classes (B, classes) that add up to 1; or the labels as they are where nothing
-            is mixed in this epoch.
+            The images, and shares of the classes (B, classes) that add up to 1.
         """
-        if not (self.mixup or self.cutmix) or (self.mix_until is not None and epoch >= self.mix_until):
-            return images, labels
         which, share, y, x = draws[:, 20:].T
         blend = torch.where(which < self.mixup, share, 1)
         inside = (which >= self.mixup) & (which < self.mixup + self.cutmix)
@@ -236,18 +236,26 @@ def rectangles(y: Tensor, x: Tensor, half: Tensor, size: Sequence[int]) -> Tenso
     return inside[0][:, :, None] & inside[1][:, None, :]
 
 
-def uniform(*, seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
+def epoch_key(seed: int, epoch: int) -> Tensor:
+    """The number () of a run's epoch that ``uniform`` starts from, on the host.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Passes over the data set before this one.
+    """
+    return _mix(_mix(torch.tensor(seed)) ^ epoch)
+
+
+def uniform(key: Tensor, indices: Tensor, count: int) -> Tensor:
     """Numbers (B, count) in [0, 1) that depend on nothing but the arguments.
 
     A counter-based generator (the mixing function of splitmix64, Steele et al. 2014): no state to save and restore.
 
     Args:
-        seed: Seed of the run.
-        epoch: Passes over the data set before this one.
+        key: Of the run and the epoch.
         indices: Which images, int64 (B,).
         count: Numbers for each image.
     """
-    key = _mix(_mix(torch.tensor(seed)) ^ epoch)  # on the host: sending it to a GPU would wait for the GPU
     columns = torch.arange(count, device=indices.device)
     bits = _mix(_mix(key ^ indices)[:, None] ^ columns)
     return (bits >> 40 & 0xFFFFFF).float() / 2**24

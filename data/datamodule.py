@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.augment import DRAWS, Augment, uniform
+from data.augment import DRAWS, Augment, epoch_key, uniform
 from data.cache import OnBad
 from data.sources import DataError, Source, Split, Stream, load_source, prepare_source, stratified_split
 from data.stream import StreamDataset, StreamOrder, even
@@ -196,6 +196,7 @@ class ImageDataModule(LightningDataModule):
         on_bad: What to do about image files that cannot be read, which are looked for before the training: ``fail`` or
             ``skip``; they are listed in a file of the cache.
         balance: Show the classes equally often in training, however many images they have.
+        compile: Compile the augmentation, on a GPU.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class ImageDataModule(LightningDataModule):
         augment: Augment = Augment(),  # noqa: B008 (frozen)
         on_bad: OnBad = "fail",
         balance: bool = False,
+        compile: bool = False,
     ):
         super().__init__()
         if batch_size < 1:
@@ -218,7 +220,7 @@ class ImageDataModule(LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
-        self.num_workers, self.augment, self.balance = num_workers, augment, balance
+        self.num_workers, self.augment, self.balance, self.compile = num_workers, augment, balance, compile
         self.resumed = 0  # optimiser steps done when this run was resumed
         self.device = CPU  # of the model
         self.copies: dict[tuple[Split, torch.device], Split] = {}  # what lies on it
@@ -364,8 +366,44 @@ class ImageDataModule(LightningDataModule):
 
     def augmented(self, batch: Batch) -> Batch:
         """What a training step sees of a batch of uint8 images, on their device."""
-        draws = uniform(seed=self.seed, epoch=batch.epoch, indices=batch.indices, count=DRAWS)
-        images = self.augment(self.preprocess.normalize(self.augment.pixels(batch.images, draws)), draws)
-        classes = len(self.class_names)
-        images, labels = self.augment.mix(images, batch.labels, draws, classes=classes, epoch=batch.epoch)
+        mixed = len(self.class_names) if self.augment.mixes(batch.epoch) else 0
+        images, labels = self.views(
+            *batch[:3], epoch_key(self.seed, batch.epoch), augment=self.augment, preprocess=self.preprocess, mixed=mixed
+        )
         return batch._replace(images=images, labels=labels)
+
+    @cached_property
+    def views(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """``make_views``, perhaps compiled, as a GPU waits longer for its three hundred small operations than for them."""
+        if self.compile and self.device.type == "cuda":
+            return torch.compile(make_views, dynamic=False)
+        return make_views
+
+
+def make_views(
+    images: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    key: Tensor,
+    *,
+    augment: Augment,
+    preprocess: Preprocess,
+    mixed: int,
+) -> tuple[Tensor, Tensor]:
+    """Random views of images, and their labels.
+
+    Args:
+        images: uint8 (B, C, H, W).
+        labels: Class numbers, int64 (B,).
+        indices: Which images these are, int64 (B,).
+        key: Of the run and the epoch, ().
+        augment: How much is changed.
+        preprocess: What normalises.
+        mixed: Number of classes where images are mixed, else 0.
+
+    Returns:
+        Normalised images (B, C, H, W), and their labels; shares of the classes (B, classes) where images are mixed.
+    """
+    draws = uniform(key, indices, DRAWS)
+    images = augment(preprocess.normalize(augment.pixels(images, draws)), draws)
+    return augment.mix(images, labels, draws, classes=mixed) if mixed else (images, labels)

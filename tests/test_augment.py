@@ -15,6 +15,7 @@ from data.augment import (
     change_places,
     compose,
     crops,
+    epoch_key,
     erase,
     recolor,
     uniform,
@@ -26,12 +27,12 @@ SIZES = [(8, 8), (12, 8), (7, 10)]
 
 
 def draws(count: int = 1, images: int = 20_000, seed: int = 0, epoch: int = 0) -> torch.Tensor:
-    return uniform(seed=seed, epoch=epoch, indices=torch.arange(images), count=count)
+    return uniform(epoch_key(seed, epoch), torch.arange(images), count)
 
 
 def of(indices: torch.Tensor, seed: int = 0, epoch: int = 0) -> torch.Tensor:
     """All random numbers of these images."""
-    return uniform(seed=seed, epoch=epoch, indices=indices, count=DRAWS)
+    return uniform(epoch_key(seed, epoch), indices, DRAWS)
 
 
 def pictures(count: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_draws_are_unrelated():
 
 def test_draws_do_not_depend_on_the_batch():
     order = torch.randperm(500)
-    assert torch.equal(uniform(seed=3, epoch=4, indices=order, count=5), draws(5, images=500, seed=3, epoch=4)[order])
+    assert torch.equal(uniform(epoch_key(3, 4), order, 5), draws(5, images=500, seed=3, epoch=4)[order])
 
 
 def test_first_draws_do_not_depend_on_their_number():
@@ -393,7 +394,7 @@ def test_grey_levels_do_not_depend_on_the_batch(size):
 
 
 def mixed(augment: Augment, images: torch.Tensor, labels: torch.Tensor, epoch: int = 0, classes: int = 5):
-    return augment.mix(images, labels, of(torch.arange(len(images)), epoch=epoch), classes=classes, epoch=epoch)
+    return augment.mix(images, labels, of(torch.arange(len(images)), epoch=epoch), classes=classes)
 
 
 def test_labels_say_how_much_of_each_image_is_there():
@@ -446,6 +447,6 @@ def test_mixing_ends_where_it_should_and_is_repeatable():
     augment = Augment(mixup=1, mix_until=3)
     assert (mixed(augment, images, labels, epoch=2)[0] != images).any()
     assert torch.equal(mixed(augment, images, labels, epoch=2)[0], mixed(augment, images, labels, epoch=2)[0])
-    for found in (mixed(augment, images, labels, epoch=3), mixed(Augment(), images, labels)):
-        assert found[0] is images
-        assert found[1] is labels
+    assert [augment.mixes(epoch) for epoch in range(5)] == [True, True, True, False, False]
+    assert Augment(cutmix=0.1).mixes(10**6)
+    assert not Augment(mix_until=3).mixes(0)

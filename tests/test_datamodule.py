@@ -2,6 +2,8 @@
 
 import io
 import tarfile
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import data.cache
 import data.datamodule
 from data.augment import Augment
-from data.datamodule import Batch, EvalOrder, ImageDataModule, TrainOrder, free_memory, home
+from data.datamodule import Batch, Draw, EvalOrder, ImageDataModule, TrainOrder, free_memory, home, make_views
 from data.sources import DataError
 
 START = (0, 0)
@@ -308,6 +311,26 @@ def test_on_a_gpu_a_step_sends_no_image_and_waits_for_nothing(on_gpu):
             traffic.copied.clear()
             assert (seen.images.device, seen.labels.device, seen.indices.device) == (GPU, GPU, GPU)
             assert (seen.images.shape, seen.labels.shape) == ((100, 1, 8, 8), (100, 10))
+
+
+def test_compiled_views_are_the_same_and_compiled_once_for_all_epochs(digits, monkeypatch):
+    """And once more when mixing ends. Traced whole and called in PyTorch, so that no compiler is needed here."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    augment = replace(EVERYTHING, cutmix=0.5, mix_until=3)
+    modules = [ImageDataModule(dataset="digits", augment=augment, compile=compile) for compile in (False, True)]
+    for module in modules:
+        module.setup()
+        module.device = GPU if module.compile else CPU
+        assert (module.views is make_views) != module.compile
+    batch = digits.train[Draw(0, torch.arange(8))]
+    batch = batch._replace(images=batch.images.clone())
+    for epoch in range(5):
+        plain, compiled = (module.augmented(batch._replace(epoch=epoch)) for module in modules)
+        assert plain.labels.ndim == (2 if epoch < 3 else 1)
+        for ours, theirs in zip(plain[:3], compiled[:3], strict=True):
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count == 2
 
 
 def test_on_a_gpu_training_and_validation_share_one_copy(on_gpu):

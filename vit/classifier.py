@@ -59,8 +59,8 @@ class ViTClassifier(LightningModule):
         freeze: Train the head alone (a linear probe).
         layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 0.65 to 0.9 is usual
             for fine-tuning.
-        compile: Compile the training step's network (torch.compile); on a GPU alone, as the compiler costs a CPU more
-            than it gives.
+        compile: Compile the training step's network and the augmentation (torch.compile); on a GPU alone, as the
+            compiler costs a CPU more than it gives.
         vit: Arguments of VisionTransformer.
     """
 
