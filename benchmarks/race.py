@@ -12,11 +12,11 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from itertools import count, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
 from benchmarks.record import record
-from benchmarks.train_speed import bare_trainer, load, now, quiet, show
+from benchmarks.train_speed import bare_trainer, epochs_of, load, now, quiet, show
 from data.augment import Augment
-from data.datamodule import Batch, ImageDataModule
+from data.datamodule import ImageDataModule
 from vit.optim import learning_rate
 
 COMPILING = 20  # times the median: a step that takes longer had to wait for the compiler
@@ -83,8 +83,7 @@ def control(dataset: str, minutes: float, seed: int, device: torch.device) -> di
     """CCT-7/3x1 in this many minutes, once; how many epochs that makes is measured first."""
     cct: Any = import_module("vit_pytorch.cct")
     augment = Augment(translate=0.125, flip=0.5, policy=1.0, mixup=0.5, cutmix=0.5)
-    module = ImageDataModule(dataset=dataset, batch_size=128, val_fraction=0, seed=seed, augment=augment)
-    module.device = device
+    module = ImageDataModule(dataset=dataset, batch_size=128, val_fraction=0, seed=seed, augment=augment, compile=True)
     module.prepare_data()
     module.setup()
     facts = {"img_size": module.image_size, "num_classes": len(module.class_names)}
@@ -110,9 +109,8 @@ def train(model: nn.Module, network: Any, module: ImageDataModule, device: torch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     times: list[float] = []
     model.train()
-    for batch in islice(epochs_of(module), steps):
+    for batch in islice(epochs_of(module, device), steps):
         times.append(time.perf_counter())
-        batch = module.augmented(module.transfer_batch_to_device(batch, device, 0))
         with torch.autocast(device.type, torch.bfloat16):
             loss = F.cross_entropy(network(batch.images).float(), batch.labels, label_smoothing=0.1)
         loss.backward()
@@ -120,14 +118,6 @@ def train(model: nn.Module, network: Any, module: ImageDataModule, device: torch
         optimizer.zero_grad()
         schedule.step()
     return [*times, now(device)]
-
-
-def epochs_of(module: ImageDataModule) -> Iterator[Batch]:
-    """Batches without end, each epoch in another order."""
-    for epoch in count():
-        loader = module.train_dataloader()
-        module.order.position = lambda epoch=epoch: (epoch, 0)
-        yield from loader
 
 
 def outcome(model: nn.Module, module: ImageDataModule, times: list[float], device: torch.device) -> dict[str, Any]:

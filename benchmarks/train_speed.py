@@ -22,7 +22,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import count, islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,19 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from benchmarks.record import record
-from data.datamodule import ImageDataModule
+from data.datamodule import Batch, ImageDataModule
 from train import TrainCLI
 from vit.classifier import ViTClassifier
 from vit.info import flops
 from vit.optim import build_optimizer
 
 WARMUP, STEPS = 4, 16  # steps of each turn
+GPU_WARMUP, GPU_STEPS = 20, 100
+
+
+def steps_of(device: torch.device) -> tuple[int, int]:
+    """Steps of each turn that do not count, and that do."""
+    return (GPU_WARMUP, GPU_STEPS) if device.type == "cuda" else (WARMUP, STEPS)
 
 
 @dataclass
@@ -55,10 +62,12 @@ class Speed:
     waiting: float
 
     @classmethod
-    def of(cls, starts: list[float], ready: list[float]) -> "Speed":
+    def of(cls, starts: list[Any], ready: list[Any], device: torch.device) -> "Speed":
         """From the moments when steps began to ask for their images, and when they had them; one more start ends it."""
-        steps = [b - a for a, b in pairwise(starts)][WARMUP:]
-        waits = [b - a for a, b in zip(starts, ready, strict=False)][WARMUP : WARMUP + len(steps)]
+        now(device)
+        first = steps_of(device)[0]
+        steps = [between(a, b) for a, b in pairwise(starts)][first:]
+        waits = [between(a, b) for a, b in zip(starts, ready, strict=False)][first : first + len(steps)]
         return cls(statistics.median(steps), sum(waits) / sum(steps))
 
 
@@ -69,22 +78,38 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def moment(device: torch.device) -> Any:
+    """Now; on a GPU when it comes to this point of its work, for which the host does not wait."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a: Any, b: Any) -> float:
+    """Seconds from one moment to another; both must have come."""
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
+
+
 class Clock(Callback):
     """When each step of a Lightning run asked for its images, and when it had them on the device."""
 
     def __init__(self, file: str | None = None) -> None:
         self.file = file
-        self.starts: list[float] = []
-        self.ready: list[float] = []
+        self.starts: list[Any] = []
+        self.ready: list[Any] = []
+        self.device = torch.device("cpu")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.starts.append(now(pl_module.device))
+        self.device = pl_module.device
+        self.starts.append(moment(self.device))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.ready.append(now(pl_module.device))
+        self.ready.append(moment(self.device))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.starts.append(now(pl_module.device))
+        self.starts.append(moment(self.device))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.file and trainer.is_global_zero:
@@ -92,7 +117,7 @@ class Clock(Callback):
 
     @property
     def speed(self) -> Speed:
-        return Speed.of(self.starts, self.ready)
+        return Speed.of(self.starts, self.ready, self.device)
 
 
 def held_at(model: ViTClassifier, factor: float) -> ViTClassifier:
@@ -121,11 +146,11 @@ def bare_trainer(cli: Any, callback: Callback, **limits: Any) -> Trainer:
     )
 
 
-def under_lightning(cli: Any, factor: float, file: str | None = None) -> Speed | None:
-    """The real run; of several processes the speed is in the file alone."""
+def under_lightning(cli: Any, model: ViTClassifier, file: str | None = None) -> Speed | None:
+    """The real run of this model; of several processes the speed is in the file alone."""
     clock = Clock(file)
-    trainer = bare_trainer(cli, clock, max_epochs=1, limit_train_batches=WARMUP + STEPS)
-    trainer.fit(held_at(cli.model, factor), cli.datamodule)
+    steps = sum(steps_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    bare_trainer(cli, clock, max_steps=steps, max_epochs=-1).fit(model, cli.datamodule)
     cli.datamodule.trainer = None
     return clock.speed if clock.starts else None
 
@@ -141,28 +166,28 @@ def loop(
     """Training without any framework: the least that a step can take."""
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    starts, ready = [now(device)], []
+    starts, ready = [moment(device)], []
     model.train()
-    for _ in range(WARMUP + STEPS):
-        images, labels = next(batches)
-        ready.append(now(device))
+    for images, labels in islice(batches, sum(steps_of(device))):
+        ready.append(moment(device))
         with autocast:
             loss = F.cross_entropy(step(images).float(), labels, label_smoothing=smoothing)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        starts.append(now(device))
-    return Speed.of(starts, ready)
+        starts.append(moment(device))
+    return Speed.of(starts, ready, device)
 
 
-def same_batches(cli: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the run under Lightning trains on, from the same loader, augmented by the same code."""
-    module = cli.datamodule
+def epochs_of(module: ImageDataModule, device: torch.device) -> Iterator[Batch]:
+    """Batches without end, as a run under Lightning sees them: the same loader, each epoch in another order."""
     module.device = device
-    for batch in module.train_dataloader():
-        batch = module.augmented(module.transfer_batch_to_device(batch, device, 0))
-        yield batch.images, batch.labels
+    for epoch in count():
+        loader = module.train_dataloader()
+        module.order.position = lambda epoch=epoch: (epoch, 0)
+        for batch in loader:
+            yield module.augmented(module.transfer_batch_to_device(batch, device, 0))
 
 
 def worker_batches(folder: Path, size: Any, batch: int, workers: int, device: torch.device) -> Iterator[Any]:
@@ -179,9 +204,18 @@ def worker_batches(folder: Path, size: Any, batch: int, workers: int, device: to
         ]
     )
     images = torchvision.datasets.ImageFolder(str(folder), transform)
-    loader = DataLoader(images, batch, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
-    for pixels, labels in loader:
-        yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    loader = DataLoader(
+        images,
+        batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    while True:
+        for pixels, labels in loader:
+            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def timm_model(model: Any, side: tuple[int, int]) -> nn.Module:
@@ -203,15 +237,16 @@ def timm_model(model: Any, side: tuple[int, int]) -> nn.Module:
     )
 
 
-def peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+def peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product, median of ten."""
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
+    moments = [moment(device)]
     for _ in range(13):
-        start = now(device)
         torch.mm(a, b)
-        times.append(now(device) - start)
-    return 2 * size**3 / statistics.median(times[3:])
+        moments.append(moment(device))
+    now(device)
+    return 2 * size**3 / statistics.median(between(a, b) for a, b in pairwise(moments[3:]))
 
 
 class Parts(TrainCLI):
@@ -248,37 +283,36 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
         side = (round(size[0] * factor), round(size[1] * factor))
         images = torch.randn(batch, cli.model.vit.in_chans, *side, device=device)
         labels = torch.randint(cli.model.vit.num_classes, (batch,), device=device)
+        model, other = held_at(cli.model, factor), timm_model(cli.model.vit, side).to(device)
+        network = torch.compile(other, dynamic=False) if cli.model.compile_on_gpu and device.type == "cuda" else other
 
-        def ours(same_data: bool, factor: float = factor, images: Tensor = images, labels: Tensor = labels) -> Speed:
-            model = held_at(cli.model, factor).to(device)
+        def ours(batches: Callable[[], Iterator[Any]], model: ViTClassifier = model) -> Speed:
+            model.to(device)  # Lightning leaves it on the host
             optimizer = build_optimizer(model.vit, **model.optimizer)
-            if not same_data:
-                return loop(iter([(images, labels)] * 999), model, optimizer, model.vit, smoothing, bf16)
+            return loop(batches(), model, optimizer, model.network, smoothing, bf16)
 
-            def step(images: Tensor) -> Tensor:
-                if factor != 1:
-                    images = F.interpolate(images, model.scaled(factor), mode="bilinear", antialias=True)
-                return model.vit(images)
+        def timm(
+            batches: Callable[[], Iterator[Any]], bf16: bool, model: nn.Module = other, step: Any = network
+        ) -> Speed:
+            return loop(batches(), model, torch.optim.AdamW(model.parameters(), fused=True), step, smoothing, bf16)
 
-            return loop(same_batches(cli, device), model, optimizer, step, smoothing, bf16)
+        def same_data(side: tuple[int, int] = side) -> Iterator[Any]:
+            for batch in epochs_of(cli.datamodule, device):
+                scaled = F.interpolate(batch.images, side, mode="bilinear", antialias=True) if side != size else None
+                yield batch.images if scaled is None else scaled, batch.labels
 
-        def timm(batches: Callable[[], Iterator[Any]], bf16: bool, side: tuple[int, int] = side) -> Speed:
-            model = timm_model(cli.model.vit, side).to(device)
-            return loop(batches(), model, torch.optim.AdamW(model.parameters(), fused=True), model, smoothing, bf16)
-
+        one_batch = partial(repeat, (images, labels))
         ways: dict[str, Callable[[], Any]] = {
-            "this project, under Lightning": lambda factor=factor: under_lightning(cli, factor),
-            "the same steps, bare loop": lambda ours=ours: ours(same_data=True),
-            "our model, one batch": lambda ours=ours: ours(same_data=False),
-            "timm's model, one batch": lambda timm=timm, i=images, y=labels: timm(lambda: iter([(i, y)] * 999), bf16),
+            "this project, under Lightning": partial(under_lightning, cli, model),
+            "the same steps, bare loop": partial(ours, same_data),
+            "our model, one batch": partial(ours, one_batch),
+            "timm's model, one batch": partial(timm, one_batch, bf16),
         }
         if factor == 1 and Path(dataset).is_dir():
             folder = Path(dataset) / "train"
             for precision in {bf16, False}:
                 name = f"timm + torchvision, {workers} workers" + (", bf16" if precision else ", fp32")
-                ways[name] = lambda timm=timm, precision=precision, folder=folder: timm(
-                    lambda: worker_batches(folder, size, batch, workers, device), precision
-                )
+                ways[name] = partial(timm, partial(worker_batches, folder, size, batch, workers, device), precision)
         taken: dict[str, list[Speed]] = {name: [] for name in ways}
         for turn in range(turns):
             for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
@@ -321,7 +355,7 @@ def one(config: str, dataset: str, setting: dict[str, int], file: str) -> float:
     cli = load(config, dataset, *more)
     if processes > 1:
         cli.config.trainer["devices"], cli.config.trainer["strategy"] = processes, "ddp_spawn"
-    under_lightning(cli, 1.0, file)
+    under_lightning(cli, cli.model, file)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()  # unlike getrusage it does not count what the parent held
