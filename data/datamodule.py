@@ -374,7 +374,7 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def views(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """``make_views``, perhaps compiled, as a GPU waits longer for its three hundred small operations than for them."""
+        """``make_views``, perhaps compiled: three hundred small operations would keep a GPU waiting."""
         if self.compile and self.device.type == "cuda":
             return torch.compile(make_views, dynamic=False)
         return make_views

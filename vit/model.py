@@ -199,14 +199,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, first: int | None = None) -> Tensor:
         """The first tokens, or all, after this block: (B, first or N, D) from (B, N, D)."""
-        x = x[:, :first] + self.drop_path(self.ls1(self.attn(self.norm1(x), first)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return self.add(x[:, :first], self.attn(self.norm1(x), first))
 
     def explain(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
         """``forward`` and the attention weights (B, h, first or N, N) it came from."""
         attended, weights = self.attn.explain(self.norm1(x), first)
-        x = x[:, :first] + self.drop_path(self.ls1(attended))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), weights
+        return self.add(x[:, :first], attended), weights
+
+    def add(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Tokens (B, N, D) with what attention took for them, and then with what the MLP makes of each."""
+        x = x + self.drop_path(self.ls1(attended))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):

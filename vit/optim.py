@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from timm.optim.muon import _COEFFICIENTS, Muon, get_lr_scale, resolve_ns_coefficients, zeropower_via_newtonschulz
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
@@ -78,7 +78,8 @@ class StackedMuon(Muon):
 
     def turn(self, group: dict[str, Any]) -> None:
         """Move the matrices of a group."""
-        alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        foreach: Any = torch  # whose functions for lists of tensors are not declared
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
                 alike[parameter.shape].append(parameter)
@@ -89,12 +90,12 @@ class StackedMuon(Muon):
                     self.state[matrix] = {"use_muon": True, "momentum_buffer": torch.zeros_like(matrix)}
             momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
             gradients = [matrix.grad for matrix in matrices]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            foreach._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = foreach._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
             turned = zeropower_via_newtonschulz(torch.stack(ahead), group["ns_steps"], coefficients, eps=group["eps"])
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            foreach._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             scale = group["lr"] * get_lr_scale(shape, group["adjust_lr_fn"])
-            torch._foreach_add_(matrices, turned.to(matrices[0].dtype).unbind(), alpha=-scale)
+            foreach._foreach_add_(matrices, turned.to(matrices[0].dtype).unbind(), alpha=-scale)
 
 
 def build_optimizer(

@@ -13,6 +13,7 @@ Shapes in comments: B images, N tokens, P patches, h heads, L layers, D embed.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -134,8 +135,25 @@ def pooling_weights(model: VisionTransformer, tokens: int) -> Tensor:
     return start / start.sum()
 
 
+def fusable(model: VisionTransformer, images: Tensor) -> bool:
+    """Whether a rollout can go through the fused attention kernel: on NVIDIA's GPUs since 2020."""
+    return (
+        images.is_cuda
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(images.device) >= (8, 0)
+        and find_spec("triton") is not None
+        and images.dtype != torch.float64
+        and model.blocks[0].attn.qkv.in_features // model.blocks[0].attn.num_heads in range(8, 257, 8)
+    )
+
+
 @torch.no_grad()
 def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    if ask.fuse == "mean" and not ask.discard and fusable(model, images):
+        from vit.fused import fused_rollout  # needs Triton
+
+        grid = model.grid_of(images.shape[-2], images.shape[-1])
+        return fused_rollout(model, images, pooling_weights(model, grid[0] * grid[1] + model.num_prefix_tokens))
     protect = 0 if model.pool == "token" else None
     logits, matrices = model.forward_attention(images, lambda weights: ask.matrix(weights, protect))
     return logits, rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
@@ -361,7 +379,7 @@ def _parts(
 ) -> Iterator[tuple[Tensor, Question]]:
     """The images in parts whose attention weights stay within MEMORY, each with the question about it."""
     classes = [_classes(value, model, images) for value in (target, against)]
-    size = _part_size(model, model.grid_of(images.shape[-2], images.shape[-1]), method)
+    size = _part_size(model, images, method)
     for i in range(0, len(images), size):
         part = images[i : i + size].detach().clone().requires_grad_(method in CLASS_SPECIFIC)
         about, other = (c if c is None else c[i : i + size] for c in classes)
@@ -380,15 +398,17 @@ def _classes(value: Target | None, model: VisionTransformer, images: Tensor) -> 
     return classes.expand(len(images))
 
 
-def _part_size(model: VisionTransformer, grid: tuple[int, int], method: str) -> int:
-    """Images to take at a time, so that what is held of them stays within MEMORY."""
+def _part_size(model: VisionTransformer, images: Tensor, method: str) -> int:
+    """Images to take at a time, so that what is held of them stays within MEMORY, or eight times that on a GPU."""
     heads, depth = model.architecture["num_heads"], len(model.blocks)
+    grid = model.grid_of(images.shape[-2], images.shape[-1])
     tokens = grid[0] * grid[1] + model.num_prefix_tokens
     # Numbers held of a token. Rows of matrices: scores and weights of the heads of a block; with gradients those of
     # every block. lrp runs through the fused kernel and keeps of every block what its rules need, 12 vectors with the
     # usual MLP: queries, keys, values before and after their norms, what is attended to, slopes.
     held = {"relevance": 4 * heads * depth * tokens, "lrp": 12 * model.architecture["embed_dim"] * depth}
-    return max(1, MEMORY // (4 * tokens * (held.get(method, 4 * heads * tokens) + depth * tokens)))
+    memory = MEMORY if images.device.type == "cpu" else 8 * MEMORY
+    return max(1, memory // (4 * tokens * (held.get(method, 4 * heads * tokens) + depth * tokens)))
 
 
 def _normalized(rows: Tensor) -> Tensor:
