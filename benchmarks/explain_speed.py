@@ -149,8 +149,11 @@ def main(args: list[str] | None = None) -> None:
         batch = MODELS[name][1] * options.batch_factor
         plain = 0.0
         for method in methods:
-            with multiprocessing.get_context("spawn").Pool(1) as process:  # a fresh one, whose peak is this pass's
-                memory = process.apply(peak, (name, method, options))
+            if options.device.startswith("cuda"):
+                memory = peak(name, method, options)
+            else:
+                with multiprocessing.get_context("spawn").Pool(1) as process:  # a fresh one, whose peak is this pass's
+                    memory = process.apply(peak, (name, method, options))
             plain = memory if method == "forward" else plain
             ratios = [slow / fast for fast, slow in zip(times["forward"], times[method], strict=True)]
             low, _, high = statistics.quantiles(ratios, n=4)

@@ -6,7 +6,8 @@ there. At full resolution also what people use today: timm's model in a bare loo
 ImageFolder and transforms in worker processes. Shows how long steps wait for data, what Lightning adds to a step, what
 share of the matrix products' speed, measured in the same run, a step reaches, and how many minutes the config takes.
 
-``--grow`` instead shows how it grows: image size (64 tokens each), batch, workers, processes.
+Further arguments change the config, as in train.py: ``--model.embed_dim 384``. ``--grow`` instead shows how it grows:
+image size (64 tokens each), batch, workers, processes.
 """
 
 import argparse
@@ -394,14 +395,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="times that each is measured; the median counts")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of torchvision's pipeline")
     parser.add_argument("--grow", action="store_true", help="other image sizes, batches, workers and processes")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     quiet()
     if options.grow:
         rows = growth(options.config, options.data)
         show(rows)
         print(record("train_growth", rows, config=options.config))
         return
-    cli = load(options.config, options.data)
+    cli = load(options.config, options.data, *more)
     rows, minutes = compare(cli, options.data, options.turns, options.workers)
     show(rows)
     print(f"the whole config: {minutes:.1f} minutes without validation")
