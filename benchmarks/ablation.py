@@ -40,7 +40,7 @@ CHANGES: dict[str, tuple[float, list[str]]] = {
     "a policy change in every image": (1, ["--data.augment.policy=1"]),
     "mixup 0.2 and cutmix 0.3 in the first epoch": (
         1,
-        ["--data.augment.mixup=0.2", "--data.augment.cutmix=0.3", "--data.augment.mix_until=1"],
+        ["--data.augment.mixup=0.2", "--data.augment.cutmix=0.3", "--data.augment.mix_until=0.5"],
     ),
 }
 

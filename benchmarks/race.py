@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from itertools import islice, pairwise
@@ -72,14 +71,12 @@ def accuracy(network: Callable[[Tensor], Tensor], module: ImageDataModule, devic
 
 
 def ours(options: Any, epochs: int, seed: int, device: torch.device) -> dict[str, Any]:
-    """The config, once, with this many epochs; mixing ends at the same share of them as in the config."""
+    """The config, once, with this many epochs."""
     held_out = 0.1 if options.choose else 0
     cli = load(
         options.config, options.data, f"--seed_everything={seed}", f"--data.val_fraction={held_out}", *options.more
     )
-    module, whole = cli.datamodule, cli.config.trainer.max_epochs
-    if (until := module.augment.mix_until) is not None:
-        module.augment = replace(module.augment, mix_until=round(until * epochs / whole))
+    module = cli.datamodule
     watch = Stopwatch()
     bare_trainer(cli, watch, max_epochs=epochs).fit(cli.model, module)
     return outcome(cli.model.vit.to(device), module, watch.times, device)
@@ -88,7 +85,7 @@ def ours(options: Any, epochs: int, seed: int, device: torch.device) -> dict[str
 def control(options: Any, minutes: float, seed: int, device: torch.device) -> dict[str, Any]:
     """CCT-7/3x1 in this many minutes, once; how many epochs that makes is measured first."""
     cct: Any = import_module("vit_pytorch.cct")
-    augment = Augment(translate=0.125, flip=0.5, policy=1.0, mixup=0.5, cutmix=0.5)
+    augment = Augment(translate=0.125, flip=0.5, policy=1.0, mixup=0.5, cutmix=0.5, mix_until=0.583)
     held_out = 0.1 if options.choose else 0
     settings: dict[str, Any] = {"batch_size": 128, "val_fraction": held_out, "augment": augment, "compile": True}
     module = ImageDataModule(dataset=options.data, seed=seed, **settings)
@@ -106,7 +103,6 @@ def control(options: Any, minutes: float, seed: int, device: torch.device) -> di
     a_step = statistics.median(b - a for a, b in pairwise(tried))
     model.load_state_dict(start)
     epochs = max(1, round(minutes * 60 / a_step / epoch))
-    module.augment = replace(augment, mix_until=round(epochs * 0.583))
     return outcome(model, module, train(model, network, module, device, steps=epochs * epoch), device)
 
 
@@ -117,7 +113,7 @@ def train(model: nn.Module, network: Any, module: ImageDataModule, device: torch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     times: list[float] = []
     model.train()
-    for batch in islice(epochs_of(module, device), steps):
+    for batch in islice(epochs_of(module, device, steps / len(module.order)), steps):
         times.append(time.perf_counter())
         with torch.autocast(device.type, torch.bfloat16):
             loss = F.cross_entropy(network(batch.images).float(), batch.labels, label_smoothing=0.1)

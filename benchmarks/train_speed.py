@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import statistics
@@ -22,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice, pairwise, repeat
 from pathlib import Path
@@ -181,14 +182,14 @@ def loop(
     return Speed.of(starts, ready, device)
 
 
-def epochs_of(module: ImageDataModule, device: torch.device) -> Iterator[Batch]:
-    """Batches without end, as a run under Lightning sees them: the same loader, each epoch in another order."""
+def epochs_of(module: ImageDataModule, device: torch.device, epochs: float = math.inf) -> Iterator[Batch]:
+    """Batches without end, as in a run under Lightning of so many epochs: the same loader, each in another order."""
     module.device = device
     for epoch in count():
         loader = module.train_dataloader()
         module.order.position = lambda epoch=epoch: (epoch, 0)
         for batch in loader:
-            yield module.augmented(module.transfer_batch_to_device(batch, device, 0))
+            yield module.augmented(module.transfer_batch_to_device(batch, device, 0), epoch / epochs)
 
 
 def worker_batches(folder: Path, size: Any, batch: int, workers: int, device: torch.device) -> Iterator[Any]:
@@ -276,6 +277,7 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
     """One line for each resolution and way, and the minutes of the whole config."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = "bf16" in str(cli.config.trainer.precision)
+    cli.datamodule.augment = replace(cli.datamodule.augment, mix_until=1.0)  # throughout: it is the dearer part
     top = peak(device, torch.bfloat16 if bf16 else torch.float32)
     size, batch, smoothing = cli.datamodule.image_size, cli.datamodule.batch_size, cli.model.label_smoothing
     total = len(cli.datamodule.train) // batch * cli.config.trainer.max_epochs

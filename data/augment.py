@@ -30,7 +30,7 @@ class Augment:
         translate: Largest shift along each side, as a share of it in [0, 1); in whole pixels. 0.125 is the usual
             4-pixel crop of CIFAR.
         flip: Probability of a left-right mirror image, in [0, 1].
-        rotate: Largest turn either way, in degrees.
+        rotate: Largest turn either way, in degrees, in [0, 180].
         scale: Largest zoom either way, as a share in [0, 1); 0.1 means 0.9 to 1.1. Half of the images are neither
             turned nor zoomed, as both blur a little and the model shall see sharp images too.
         color: Largest change of brightness (in standard deviations), contrast and saturation (as shares), in [0, 1).
@@ -43,7 +43,11 @@ class Augment:
             (1710.09412).
         cutmix: Probability that a rectangle of any size comes from another image, in [0, 1] (1905.04899); with mixup at
             most 1.
-        mix_until: Epoch from which images are neither blended nor pasted, so that the last ones are clean; none: never.
+        mix_until: Share of the run's epochs, in [0, 1], after which images are neither blended nor pasted, so that the
+            last ones are clean.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     translate: float = 0.0
@@ -56,7 +60,16 @@ class Augment:
     policy: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
-    mix_until: int | None = None
+    mix_until: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            top = 180 if name == "rotate" else 1
+            whole = name not in ("translate", "scale", "color")  # all of which would leave nothing
+            if not 0 <= value <= top or (value == top and not whole):
+                raise ValueError(f"data.augment.{name} must be in [0, {top}{']' if whole else ')'}, got {value}")
+        if self.mixup + self.cutmix > 1:
+            raise ValueError(f"data.augment: mixup {self.mixup} and cutmix {self.cutmix} are more than 1 together")
 
     def pixels(self, images: Tensor, draws: Tensor) -> Tensor:
         """Images (B, C, H, W) of 0 to 255 with those changes that are about grey levels; before they are normalised."""
@@ -67,9 +80,9 @@ class Augment:
         change = 1 + (draws[:, 18] * (len(CHANGES) - 1)).long()
         return torch.where(draws[:, 17] < self.policy, change, 0), 2 * draws[:, 19] - 1
 
-    def mixes(self, epoch: int) -> bool:
-        """Whether images are mixed after this many passes over the data set."""
-        return bool(self.mixup or self.cutmix) and (self.mix_until is None or epoch < self.mix_until)
+    def mixes(self, done: float) -> bool:
+        """Whether images are mixed in an epoch before which this share of the run was done."""
+        return bool(self.mixup or self.cutmix) and done < self.mix_until
 
     def mix(self, images: Tensor, labels: Tensor, draws: Tensor, *, classes: int) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W), some mixed with the one before them in the batch, and labels that say so.

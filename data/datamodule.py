@@ -362,11 +362,25 @@ class ImageDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self.trainer is None or not self.trainer.training:
             return batch._replace(images=self.preprocess.normalize(batch.images))
-        return self.augmented(batch)
+        return self.augmented(batch, self.done(batch.epoch))
 
-    def augmented(self, batch: Batch) -> Batch:
-        """What a training step sees of a batch of uint8 images, on their device."""
-        mixed = len(self.class_names) if self.augment.mixes(batch.epoch) else 0
+    def done(self, epoch: int) -> float:
+        """Share of the trainer's run that is over when an epoch begins, in [0, 1]."""
+        trainer = self.trainer
+        assert trainer is not None
+        epochs = [] if trainer.max_epochs in (None, -1) else [float(trainer.max_epochs)]
+        if trainer.max_steps != -1:
+            epochs.append(trainer.max_steps * trainer.accumulate_grad_batches / len(self.order))
+        return epoch / min(epochs) if epochs else 0.0
+
+    def augmented(self, batch: Batch, done: float = 0.0) -> Batch:
+        """What a training step sees of a batch of uint8 images, on their device.
+
+        Args:
+            batch: As it comes from the loader.
+            done: Share of the run that is over when its epoch begins, in [0, 1].
+        """
+        mixed = len(self.class_names) if self.augment.mixes(done) else 0
         images, labels = self.views(
             *batch[:3], epoch_key(self.seed, batch.epoch), augment=self.augment, preprocess=self.preprocess, mixed=mixed
         )

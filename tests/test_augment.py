@@ -1,5 +1,7 @@
 """Draws that are random yet functions of (seed, epoch, image), and images moved exactly as they say."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -442,11 +444,27 @@ def test_probability_of_mixing():
         assert abs(changes / 2000 - share) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"mix_until": 46}, r"mix_until must be in \[0, 1\], got 46"),
+        ({"flip": -0.1}, r"flip must be in \[0, 1\], got -0.1"),
+        ({"scale": 1.0}, r"scale must be in \[0, 1\), got 1.0"),
+        ({"rotate": 200}, r"rotate must be in \[0, 180\], got 200"),
+        ({"erase": math.nan}, "got nan"),
+        ({"mixup": 0.6, "cutmix": 0.5}, "mixup 0.6 and cutmix 0.5 are more than 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Augment(**wrong)
+
+
 def test_mixing_ends_where_it_should_and_is_repeatable():
     images, labels = pictures(40), torch.arange(40) % 5
-    augment = Augment(mixup=1, mix_until=3)
+    augment = Augment(mixup=1, mix_until=0.6)
     assert (mixed(augment, images, labels, epoch=2)[0] != images).any()
     assert torch.equal(mixed(augment, images, labels, epoch=2)[0], mixed(augment, images, labels, epoch=2)[0])
-    assert [augment.mixes(epoch) for epoch in range(5)] == [True, True, True, False, False]
-    assert Augment(cutmix=0.1).mixes(10**6)
-    assert not Augment(mix_until=3).mixes(0)
+    assert [augment.mixes(epoch / 5) for epoch in range(5)] == [True, True, True, False, False]
+    assert Augment(cutmix=0.1).mixes(0.999)
+    assert not Augment().mixes(0)

@@ -317,7 +317,7 @@ def test_compiled_views_are_the_same_and_compiled_once_for_all_epochs(digits, mo
     """And once more when mixing ends. Traced whole and called in PyTorch, so that no compiler is needed here."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
-    augment = replace(EVERYTHING, cutmix=0.5, mix_until=3)
+    augment = replace(EVERYTHING, cutmix=0.5, mix_until=0.6)
     modules = [ImageDataModule(dataset="digits", augment=augment, compile=compile) for compile in (False, True)]
     for module in modules:
         module.setup()
@@ -326,7 +326,7 @@ def test_compiled_views_are_the_same_and_compiled_once_for_all_epochs(digits, mo
     batch = digits.train[Draw(0, torch.arange(8))]
     batch = batch._replace(images=batch.images.clone())
     for epoch in range(5):
-        plain, compiled = (module.augmented(batch._replace(epoch=epoch)) for module in modules)
+        plain, compiled = (module.augmented(batch._replace(epoch=epoch), epoch / 5) for module in modules)
         assert plain.labels.ndim == (2 if epoch < 3 else 1)
         for ours, theirs in zip(plain[:3], compiled[:3], strict=True):
             assert torch.equal(ours, theirs)
@@ -350,6 +350,23 @@ def test_what_does_not_fit_is_sent_without_waiting(on_gpu, monkeypatch):
     loader: Any = on_gpu.train_dataloader()
     assert loader.pin_memory
     assert loader.dataset[next(iter(loader.sampler))].images.device == CPU
+
+
+@pytest.mark.parametrize(
+    ("limits", "shares"),
+    [
+        ({"max_epochs": 4}, [0, 0.25, 0.5, 0.75]),
+        ({"max_steps": 18}, [0, 0.5]),  # 18 steps of two batches: two epochs
+        ({"max_epochs": 3, "max_steps": 36}, [0, 1 / 3, 2 / 3]),
+    ],
+)
+def test_share_of_the_run_that_is_done(limits, shares):
+    module = ImageDataModule(dataset="digits", batch_size=71)
+    module.setup()
+    module.trainer = Trainer(**limits, accelerator="cpu", accumulate_grad_batches=2, logger=False, barebones=True)
+    module.train_dataloader()
+    assert len(module.order) == 18
+    assert [module.done(epoch) for epoch in range(len(shares))] == pytest.approx(shares)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -438,7 +455,7 @@ def test_augmentation_is_for_training_only(training):
     module.setup()
     batch = next(iter(module.train_dataloader()))
     plain = module.preprocess.normalize(batch.images)
-    module.trainer = SimpleNamespace(training=training)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(training=training, max_epochs=1, max_steps=-1)  # type: ignore[assignment]
     images = module.on_after_batch_transfer(batch, 0).images
     torch.testing.assert_close(images, plain.flip(-1) if training else plain, rtol=0, atol=1e-5)
 
