@@ -310,7 +310,8 @@ def test_crop_and_flip_are_both_done():
 
 def changed(name: str, images: torch.Tensor, strength: float) -> torch.Tensor:
     count = len(images)
-    return change_levels(images, torch.full((count,), CHANGES.index(name)), torch.full((count,), strength))
+    change, strengths = torch.full((count,), CHANGES.index(name)), torch.full((count,), strength)
+    return change_levels(images, change, strengths, apart=False)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -344,13 +345,16 @@ def test_contrast_colour_and_sharpness_end_where_they_should():
 
 
 def test_every_image_has_its_own_change():
-    images, change = pictures(len(CHANGES)) * 255, torch.arange(len(CHANGES))
-    strength = torch.linspace(-1, 1, len(CHANGES))
-    whole = change_levels(images, change, strength)
-    for i in range(len(CHANGES)):
+    """Whether all changes are computed for all images, or each for its own; and what is given is left as it is."""
+    images, change = pictures(3 * len(CHANGES)) * 255, torch.arange(len(CHANGES)).repeat(3)
+    strength, before = torch.linspace(-1, 1, len(change)), images.clone()
+    whole = change_levels(images, change, strength, apart=False)
+    for i in range(len(change)):
         part = slice(i, i + 1)
-        assert torch.equal(change_levels(images[part], change[part], strength[part]), whole[part])
-    assert (whole != images).any((1, 2, 3)).sum() >= 6
+        assert torch.equal(change_levels(images[part], change[part], strength[part], apart=False), whole[part])
+    torch.testing.assert_close(change_levels(images, change, strength, apart=True), whole)
+    assert (whole != images).any((1, 2, 3)).sum() >= 18
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 16)])
