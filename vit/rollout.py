@@ -277,10 +277,14 @@ def _lrp_linear(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rule
 
 
+def _lrp_layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _LayerNorm.apply(x, shape, weight, bias, eps)  # type: ignore[return-value]  # torch 2.11 takes no names here
+
+
 LRP_RULES: dict[Callable, Callable] = {
     F.linear: _lrp_linear(F.linear),
     F.conv2d: _lrp_linear(F.conv2d),
-    F.layer_norm: _LayerNorm.apply,
+    F.layer_norm: _lrp_layer_norm,
     F.gelu: _lrp_activation(F.gelu),
     F.silu: _lrp_activation(F.silu),
     F.scaled_dot_product_attention: _lrp_attention,
