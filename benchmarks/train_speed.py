@@ -3,8 +3,9 @@
 For each resolution of the config, in turns in one run: this project's run under Lightning, its data path and
 augmentation included; the same steps on the same data in a bare loop; our model and timm's on one batch that is always
 there. At full resolution also what people use today: timm's model in a bare loop, its images read by torchvision's
-ImageFolder and transforms in worker processes. Shows how long steps wait for data, what Lightning adds to a step, what
-share of the matrix products' speed, measured in the same run, a step reaches, and how many minutes the config takes.
+ImageFolder and transforms in worker processes. Shows how long steps wait for data, augmentation included, what
+Lightning adds to a step, what share of the matrix products' speed, measured in the same run, a step reaches, and how
+many minutes the config takes.
 
 Further arguments change the config, as in train.py: ``--model.embed_dim 384``. ``--grow`` instead shows how it grows:
 image size (64 tokens each), batch, workers, processes.
@@ -148,10 +149,16 @@ def bare_trainer(cli: Any, callback: Callback, **limits: Any) -> Trainer:
     )
 
 
+def device_of(cli: Any) -> torch.device:
+    """Where the config's trainer computes."""
+    cpu = cli.config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu" if cpu else "cuda")
+
+
 def under_lightning(cli: Any, model: ViTClassifier, file: str | None = None) -> Speed | None:
     """The real run of this model; of several processes the speed is in the file alone."""
     clock = Clock(file)
-    steps = sum(steps_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    steps = sum(steps_of(device_of(cli)))
     bare_trainer(cli, clock, max_steps=steps, max_epochs=-1).fit(model, cli.datamodule)
     cli.datamodule.trainer = None
     return clock.speed if clock.starts else None
@@ -275,7 +282,7 @@ def load(config: str, dataset: str, *more: str) -> Any:
 
 def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict[str, Any]], float]:
     """One line for each resolution and way, and the minutes of the whole config."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(cli)
     bf16 = "bf16" in str(cli.config.trainer.precision)
     cli.datamodule.augment = replace(cli.datamodule.augment, mix_until=1.0)  # throughout: it is the dearer part
     top = peak(device, torch.bfloat16 if bf16 else torch.float32)
@@ -359,7 +366,7 @@ def one(config: str, dataset: str, setting: dict[str, int], file: str) -> float:
     if processes > 1:
         cli.config.trainer["devices"], cli.config.trainer["strategy"] = processes, "ddp_spawn"
     under_lightning(cli, cli.model, file)
-    if torch.cuda.is_available():
+    if device_of(cli).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()  # unlike getrusage it does not count what the parent held
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
@@ -399,6 +406,7 @@ def main() -> None:
     parser.add_argument("--grow", action="store_true", help="other image sizes, batches, workers and processes")
     options, more = parser.parse_known_args()
     quiet()
+    torch.set_float32_matmul_precision("high")  # as train.py does
     if options.grow:
         rows = growth(options.config, options.data)
         show(rows)

@@ -65,9 +65,9 @@ class Augment:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             top = 180 if name == "rotate" else 1
-            whole = name not in ("translate", "scale", "color")  # all of which would leave nothing
-            if not 0 <= value <= top or (value == top and not whole):
-                raise ValueError(f"data.augment.{name} must be in [0, {top}{']' if whole else ')'}, got {value}")
+            closed = name not in ("translate", "scale", "color")  # a shift or a zoom by 1 would leave no image
+            if not 0 <= value <= top or (value == top and not closed):
+                raise ValueError(f"data.augment.{name} must be in [0, {top}{']' if closed else ')'}, got {value}")
         if self.mixup + self.cutmix > 1:
             raise ValueError(f"data.augment: mixup {self.mixup} and cutmix {self.cutmix} are more than 1 together")
 

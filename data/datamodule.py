@@ -370,7 +370,7 @@ class ImageDataModule(LightningDataModule):
         assert trainer is not None
         epochs = [] if trainer.max_epochs in (None, -1) else [float(trainer.max_epochs)]
         if trainer.max_steps != -1:
-            epochs.append(trainer.max_steps * trainer.accumulate_grad_batches / len(self.order))
+            epochs.append(trainer.max_steps / -(-len(self.order) // trainer.accumulate_grad_batches))
         return epoch / min(epochs) if epochs else 0.0
 
     def augmented(self, batch: Batch, done: float = 0.0) -> Batch:

@@ -356,14 +356,16 @@ def test_what_does_not_fit_is_sent_without_waiting(on_gpu, monkeypatch):
     ("limits", "shares"),
     [
         ({"max_epochs": 4}, [0, 0.25, 0.5, 0.75]),
-        ({"max_steps": 18}, [0, 0.5]),  # 18 steps of two batches: two epochs
+        ({"max_steps": 18}, [0, 0.5]),  # of two batches: two epochs
+        ({"max_steps": 15, "accumulate_grad_batches": 4}, [0, 1 / 3, 2 / 3]),  # five steps, the last of two batches
         ({"max_epochs": 3, "max_steps": 36}, [0, 1 / 3, 2 / 3]),
     ],
 )
 def test_share_of_the_run_that_is_done(limits, shares):
     module = ImageDataModule(dataset="digits", batch_size=71)
     module.setup()
-    module.trainer = Trainer(**limits, accelerator="cpu", accumulate_grad_batches=2, logger=False, barebones=True)
+    options = {"accumulate_grad_batches": 2} | limits
+    module.trainer = Trainer(**options, accelerator="cpu", logger=False, barebones=True)
     module.train_dataloader()
     assert len(module.order) == 18
     assert [module.done(epoch) for epoch in range(len(shares))] == pytest.approx(shares)

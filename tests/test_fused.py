@@ -23,7 +23,8 @@ SHAPES = {
 INTERPRETED = """
 import torch
 from tests.test_fused import SHAPES, example
-from vit.fused import fused_rollout
+from vit import fused
+from vit.fused import fused_rollout, works
 from vit.rollout import attention_map, pooling_weights
 
 for name in SHAPES:
@@ -40,6 +41,12 @@ for name in SHAPES:
         torch.testing.assert_close(logits.double(), expected_logits, rtol=tolerance, atol=tolerance)
         assert (found - expected).abs().max() < tolerance * expected.max(), name
         assert expected.max() > 1.05 * expected.min(), name
+
+assert works(torch.device("cpu"), torch.float32) and works(torch.device("cpu"), torch.float16)
+assert not works(torch.device("cpu"), torch.int64)
+fused.step_kernel = None
+works.cache_clear()
+assert not works(torch.device("cpu"), torch.float32)
 """
 
 
@@ -98,7 +105,8 @@ def test_is_not_for_a_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_real_gpu_shows_what_a_cpu_shows(name, dtype):
+def test_a_real_gpu_shows_what_a_cpu_shows(name, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions would round to ten bits
     model, images = example(name)
     logits, maps = attention_map(model.double(), images.double())
     model, images = model.float().cuda(), images.cuda()

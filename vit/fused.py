@@ -2,11 +2,12 @@
 
 A row r times softmax(q kᵀ / √d) is for each key j the sum over queries i of r_i exp(q_i·k_j / √d - L_i), where L_i, the
 logarithm of row i's sum, is what the fused kernel (FlashAttention, 2205.14135) has left when it is done. So queries,
-keys and these logarithms are kept, 2 N D + h N numbers a layer, and one kernel makes such a step with scores that are
+keys and these logarithms are kept, about 3 N D numbers a layer, and one kernel makes such a step with scores that are
 computed again, block by block. On a CPU matrices are faster, so ``vit.rollout`` comes here with a GPU only; a CPU runs
 this in Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from vit.model import VisionTransformer
 from vit.rollout import fuse_heads, rollout
 
-BLOCK = {2: 64, 4: 32}  # queries, and keys, at a time, by bytes of a number: what a multiprocessor's registers hold
+BLOCK = {2: 64, 4: 32}  # queries, and keys, at a time, by bytes of a number: heads of up to 64 then fit the registers
 
 
 @torch.no_grad()
@@ -44,6 +45,22 @@ def fused_rollout(model: VisionTransformer, images: Tensor, start: Tensor) -> tu
     for q, k, lse in reversed(kept):
         row = step(row, q, k, lse)
     return model.forward_head(model.norm(x)), row
+
+
+@cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all this runs on a device and is right there: tried once, on something small.
+
+    Triton needs a C compiler and Python's headers, and may not know a GPU; matrices do as well.
+    """
+    q, k, v = torch.linspace(-3, 3, 3 * 2 * 5 * 16, device=device).sin().to(dtype).view(3, 1, 2, 5, 16)
+    row = torch.full((1, 5), 0.2, device=device)
+    try:
+        found = step(row, q, k, attend(q, k, v)[1])
+    except Exception:  # whatever a compiler, a driver or a library may raise
+        return False
+    weights = (q.float() @ k.float().transpose(-2, -1) / 4).softmax(-1)
+    return torch.allclose(found, (row + row @ weights.mean(1)[0]) / 2, atol=1e-3)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +91,10 @@ def step(row: Tensor, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
     row = row.contiguous()
     out = torch.empty_like(row)
     block = BLOCK[q.element_size()]
-    run: Any = step_kernel[(triton.cdiv(N, block), B)]
+    run: Any = step_kernel[(B, triton.cdiv(N, block))]
     strides = (*q.stride(), *k.stride(), *lse.stride())
-    run(row, q, k, lse, out, h, N, d, d**-0.5, *strides, BLOCK=block, SIZE=max(16, triton.next_power_of_2(d)))
+    with torch.cuda.device_of(row):  # Triton launches on the current device, whichever the tensors are on
+        run(row, q, k, lse, out, h, N, d, d**-0.5, *strides, BLOCK=block, SIZE=max(16, triton.next_power_of_2(d)))
     return out
 
 
@@ -87,8 +105,8 @@ def step_kernel(
     BLOCK: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program makes the numbers of BLOCK keys of an image: over all heads and, block by block, all queries."""
-    image = tl.program_id(1).to(tl.int64)
-    keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(0).to(tl.int64)
+    keys = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sizes = tl.arange(0, SIZE)
     total = tl.zeros([BLOCK], tl.float32)
     for head in range(h):

@@ -50,10 +50,11 @@ def split_by_depth(model: nn.Module, group: dict[str, Any], decay: float) -> lis
 
 
 class StackedMuon(Muon):
-    """timm's Muon, to the bit, but all matrices of one shape are turned by the same products.
+    """timm's Muon with Nesterov momentum, but all matrices of one shape are turned by the same products.
 
-    One by one they are thirty small operations each, for which a GPU is waited for more than it computes; matrices that
-    are shared out over processes (FSDP) are left to timm.
+    One by one they are thirty small operations each, for which a GPU is waited for more than it computes. On a CPU the
+    numbers are timm's to the bit. Matrices that are shared out over processes (FSDP) are left to timm, whose other
+    options (``scale_eps``, ``safety_factor``, convolutions) are not looked at here.
     """
 
     @torch.no_grad()
@@ -93,9 +94,10 @@ class StackedMuon(Muon):
             foreach._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = foreach._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
             turned = zeropower_via_newtonschulz(torch.stack(ahead), group["ns_steps"], coefficients, eps=group["eps"])
+            turned = turned.to(matrices[0].dtype, memory_format=torch.contiguous_format)  # else added one by one
             foreach._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             scale = group["lr"] * get_lr_scale(shape, group["adjust_lr_fn"])
-            foreach._foreach_add_(matrices, turned.to(matrices[0].dtype).unbind(), alpha=-scale)
+            foreach._foreach_add_(matrices, turned.unbind(), alpha=-scale)
 
 
 def build_optimizer(

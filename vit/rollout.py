@@ -135,25 +135,27 @@ def pooling_weights(model: VisionTransformer, tokens: int) -> Tensor:
     return start / start.sum()
 
 
+def _fused_rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    from vit.fused import fused_rollout  # needs Triton
+
+    grid = model.grid_of(images.shape[-2], images.shape[-1])
+    return fused_rollout(model, images, pooling_weights(model, grid[0] * grid[1] + model.num_prefix_tokens))
+
+
 def fusable(model: VisionTransformer, images: Tensor) -> bool:
-    """Whether a rollout can go through the fused attention kernel: on NVIDIA's GPUs since 2020."""
-    return (
-        images.is_cuda
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(images.device) >= (8, 0)
-        and find_spec("triton") is not None
-        and images.dtype != torch.float64
-        and model.blocks[0].attn.qkv.in_features // model.blocks[0].attn.num_heads in range(8, 257, 8)
-    )
+    """Whether a rollout of heads' means can go through the fused attention kernel: on NVIDIA's GPUs since 2020."""
+    head = model.architecture["embed_dim"] // model.architecture["num_heads"]
+    if not images.is_cuda or torch.version.cuda is None or find_spec("triton") is None or head not in range(8, 257, 8):
+        return False
+    if images.dtype == torch.float64 or torch.cuda.get_device_capability(images.device) < (8, 0):
+        return False
+    from vit.fused import works
+
+    return works(images.device, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else images.dtype)
 
 
 @torch.no_grad()
 def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
-    if ask.fuse == "mean" and not ask.discard and fusable(model, images):
-        from vit.fused import fused_rollout  # needs Triton
-
-        grid = model.grid_of(images.shape[-2], images.shape[-1])
-        return fused_rollout(model, images, pooling_weights(model, grid[0] * grid[1] + model.num_prefix_tokens))
     protect = 0 if model.pool == "token" else None
     logits, matrices = model.forward_attention(images, lambda weights: ask.matrix(weights, protect))
     return logits, rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
@@ -343,10 +345,12 @@ def attention_map(
     if not 0 <= discard < 1:
         raise ValueError(f"discard must be in [0, 1), got {discard}")
     grid = model.grid_of(images.shape[-2], images.shape[-1])
+    fused = method == "rollout" and fuse == "mean" and not discard and fusable(model, images)
+    way, function = ("fused", _fused_rollout) if fused else (method, METHODS[method])
     logits, maps = [], []
     with torch.inference_mode(False):  # class-specific methods need gradients, whatever the caller has switched off
-        for part, ask in _parts(model, images, method, target, against, fuse=fuse, discard=discard):
-            part_logits, rows = METHODS[method](model, part, ask)
+        for part, ask in _parts(model, images, way, target, against, fuse=fuse, discard=discard):
+            part_logits, rows = function(model, part, ask)
             logits.append(part_logits.detach())
             maps.append(_normalized(rows.detach()[:, model.num_prefix_tokens :]).unflatten(1, grid))
     return torch.cat(logits), torch.cat(maps)
@@ -379,13 +383,13 @@ def pixel_relevance(
 
 
 def _parts(
-    model: VisionTransformer, images: Tensor, method: str, target: Target | None, against: Target | None, **reduce: Any
+    model: VisionTransformer, images: Tensor, way: str, target: Target | None, against: Target | None, **reduce: Any
 ) -> Iterator[tuple[Tensor, Question]]:
-    """The images in parts whose attention weights stay within MEMORY, each with the question about it."""
+    """The images in parts of which what is held stays within MEMORY, each with the question about it."""
     classes = [_classes(value, model, images) for value in (target, against)]
-    size = _part_size(model, images, method)
+    size = _part_size(model, model.grid_of(images.shape[-2], images.shape[-1]), way)
     for i in range(0, len(images), size):
-        part = images[i : i + size].detach().clone().requires_grad_(method in CLASS_SPECIFIC)
+        part = images[i : i + size].detach().clone().requires_grad_(way in CLASS_SPECIFIC)
         about, other = (c if c is None else c[i : i + size] for c in classes)
         yield part, Question(target=about, against=other, **reduce)
 
@@ -402,17 +406,22 @@ def _classes(value: Target | None, model: VisionTransformer, images: Tensor) -> 
     return classes.expand(len(images))
 
 
-def _part_size(model: VisionTransformer, images: Tensor, method: str) -> int:
-    """Images to take at a time, so that what is held of them stays within MEMORY, or eight times that on a GPU."""
-    heads, depth = model.architecture["num_heads"], len(model.blocks)
-    grid = model.grid_of(images.shape[-2], images.shape[-1])
+def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int:
+    """Images to take at a time, so that what is held of them stays within MEMORY.
+
+    Args:
+        model: The model.
+        grid: Rows and columns of patches.
+        way: A method, or ``fused`` for rollout through the fused kernel.
+    """
+    heads, depth, width = model.architecture["num_heads"], len(model.blocks), model.architecture["embed_dim"]
     tokens = grid[0] * grid[1] + model.num_prefix_tokens
     # Numbers held of a token. Rows of matrices: scores and weights of the heads of a block; with gradients those of
     # every block. lrp runs through the fused kernel and keeps of every block what its rules need, 12 vectors with the
     # usual MLP: queries, keys, values before and after their norms, what is attended to, slopes.
-    held = {"relevance": 4 * heads * depth * tokens, "lrp": 12 * model.architecture["embed_dim"] * depth}
-    memory = MEMORY if images.device.type == "cpu" else 8 * MEMORY
-    return max(1, memory // (4 * tokens * (held.get(method, 4 * heads * tokens) + depth * tokens)))
+    held = {"relevance": 4 * heads * depth * tokens, "lrp": 12 * depth * width, "fused": 3 * depth * width}
+    matrices = 0 if way == "fused" else depth * tokens
+    return max(1, MEMORY // (4 * tokens * (held.get(way, 4 * heads * tokens) + matrices)))
 
 
 def _normalized(rows: Tensor) -> Tensor:

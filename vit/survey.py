@@ -19,7 +19,7 @@ CLASSES = 20  # classes the page shows; those with a hint come first
 EXAMPLES = 3  # images of each kind
 FEWEST = 10  # images of a class before anything is concluded from them
 SIGMAS = 3  # standard errors by which a share must be above its bound
-BORDER, SPOT = 1.1, 2.0  # times what is usual that the whole border may hold, and a single cell of it
+BORDER, SPOT = 1.1, 4.0  # times what is usual that the whole border may hold, and a single cell of it
 
 DEFINITIONS = {
     "images": "Images count for the class the model calls them, whatever they show.",
@@ -142,8 +142,8 @@ def standard_error(values: Tensor) -> float:
 def find_hints(maps: Mapping[int, Tensor]) -> dict[int, str | None]:
     """For each class, why it may be decided by its border; none where nothing says so.
 
-    What is usual is an even map's share, or the mean of the other classes' where that is more: a class without the mark
-    of another one is told by its absence, and that is looked for in the same place.
+    What is usual is an even map's share, or the mean of the other classes' in the place or beside it where that is more:
+    a class without the mark of another one is told by its absence, and that is looked for about the same place.
 
     Args:
         maps: Of each class's images, (n, rows, columns), each summing to 1.
@@ -153,7 +153,8 @@ def find_hints(maps: Mapping[int, Tensor]) -> dict[int, str | None]:
     for label, of_class in maps.items():
         even = torch.full_like(means[label], 1 / means[label].numel())
         others = [mean for other, mean in means.items() if other != label]
-        hints[label] = hint(of_class, even.maximum(torch.stack(others).mean(0)) if others else even)
+        beside = F.max_pool2d(torch.stack(others).mean(0)[None], 3, stride=1, padding=1)[0] if others else even
+        hints[label] = hint(of_class, even.maximum(beside))
     return hints
 
 
