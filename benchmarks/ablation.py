@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.record import record
 
 CONFIG = "configs/cifar10_cpu.yaml"
+EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
 BASE = {"policy": "0", "mixup": "0", "cutmix": "0"}  # what these are for, two epochs do not need
 # Name of each change: its steps as a share of the base run's, and its options.
 CHANGES: dict[str, tuple[float, list[str]]] = {
@@ -35,8 +36,13 @@ CHANGES: dict[str, tuple[float, list[str]]] = {
     "class token instead of mean pooling": (1, ["--model.pool=token"]),
     "no QK-norm": (1, ["--model.qk_norm=false"]),
     "batches of 512 instead of 128": (0.25, ["--data.batch_size=512"]),
+    "moving average of the weights, 0.99": (1, [f"--trainer.callbacks+={EMA}", "--trainer.callbacks.decay=0.99"]),
     "label smoothing 0.1": (1, ["--model.label_smoothing=0.1"]),
     "crops and mirror images alone": (1, ["--data.augment.erase=0"]),
+    "crops of 35 % or more, resized, instead of shifts": (
+        1,
+        ["--data.augment.crop=0.35", "--data.augment.translate=0"],
+    ),
     "a policy change in every image": (1, ["--data.augment.policy=1"]),
     "mixup 0.2 and cutmix 0.3 in the first epoch": (
         1,

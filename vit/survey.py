@@ -142,8 +142,8 @@ def standard_error(values: Tensor) -> float:
 def find_hints(maps: Mapping[int, Tensor]) -> dict[int, str | None]:
     """For each class, why it may be decided by its border; none where nothing says so.
 
-    What is usual is an even map's share, or the mean of the other classes' in the place or beside it where that is more:
-    a class without the mark of another one is told by its absence, and that is looked for about the same place.
+    What is usual is an even map's share, or the mean of the other classes' there or beside it where that is more: a
+    class without the mark of another one is told by its absence, and that is looked for about the same place.
 
     Args:
         maps: Of each class's images, (n, rows, columns), each summing to 1.
