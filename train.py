@@ -8,7 +8,7 @@ import sys
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -63,6 +63,10 @@ class TrainCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")  # the best; before the guard saves its state
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
         parser.add_lightning_class_args(Guard, "guard")
+        # --help is for people: one line instead of every option's name, and model and data before Lightning's trainer.
+        parser.usage = "%(prog)s --config FILE [--model.NAME VALUE] [--data.NAME VALUE] [--trainer.NAME VALUE] ..."
+        groups, names = cast(Any, parser._action_groups), cast(Any, parser.groups)
+        groups.sort(key=lambda group: group in (names["trainer"], names["checkpoint"]))
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",

@@ -267,7 +267,18 @@ def test_weights_shared_out_over_ranks_are_the_same_weights(tmp_path):
         torch.testing.assert_close(tensor, states[1]["state_dict"][name], rtol=0, atol=0.02)
 
 
-# Mistakes
+# Help and mistakes
+
+
+def test_help_begins_with_what_is_ours(capsys):
+    """Model and data, and before them one line of usage instead of a hundred."""
+    with pytest.raises(SystemExit):
+        train.main(["fit", "--help"])
+    found = capsys.readouterr().out
+    names = ("usage:", "--model.lr LR", "--data.dataset D", "--trainer.max_epochs M", "--checkpoint.monitor M")
+    places = [found.index(name) for name in names]
+    assert places == sorted(places)
+    assert found[: places[1]].count("\n") < 40
 
 
 class Bomb:
