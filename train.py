@@ -35,6 +35,7 @@ FACTS = ("class_names", "mean", "std", "image_size")  # flow from the data to th
 class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line, with the option that was perhaps meant; the usual way is to print all options first."""
+        message = re.sub(r"(?<=required: )(fit|validate|test)\.", "--config FILE or --", message)
         if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
             parser = getattr(ex, "subcommand_parser", self)
             known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
@@ -91,6 +92,9 @@ class TrainCLI(LightningCLI):
             path = config["ckpt_path"] = str(root / "best.ckpt")
         elif path == "last" and (root / "last.ckpt").exists():
             path = root / "last.ckpt"
+        subcommand = self.config["subcommand"]
+        if path is None and subcommand != "fit" and config["model"]["pretrained"] is None:
+            raise ValueError(f"{subcommand} needs trained weights: --ckpt_path best (or last, or FILE.ckpt)")
         if path not in (None, "last"):
             if Path(path).suffix != ".ckpt":
                 raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last")
@@ -101,6 +105,8 @@ class TrainCLI(LightningCLI):
         """A run that has ended is not started again by a command that may run in a loop."""
         root = Path(self.trainer.default_root_dir)
         last, exported = root / "last.ckpt", root / "model.safetensors"
+        if self._get(self.config, "ckpt_path") is None and last.exists() and self.trainer.is_global_zero:
+            print(f"{root}: replaces the run that is there; --ckpt_path last would go on with it", file=sys.stderr)
         if self._get(self.config, "ckpt_path") != "last" or not last.exists() or not exported.exists():
             return
         state = torch.load(last, weights_only=True, map_location="cpu", mmap=True)
@@ -112,6 +118,8 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config, "trainer")
         given = self._get(self.config_init, "trainer")
+        if None not in (every := config["check_val_every_n_epoch"], epochs := config["max_epochs"]) and epochs > 0:
+            kwargs["check_val_every_n_epoch"] = min(every, epochs)  # a short trial is validated too, at its end
         kwargs["plugins"] = [*several(given["plugins"]), CheckpointFile()]
         if config["logger"] is None:
             root, part = config["default_root_dir"], "" if self.subcommand == "fit" else str(self.subcommand)
@@ -158,7 +166,7 @@ def main(args: ArgsType = None) -> int:
             ImageDataModule,
             args=args,
             parser_class=Parser,
-            parser_kwargs={"description": DESCRIPTION},
+            parser_kwargs={"description": DESCRIPTION, "allow_abbrev": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},

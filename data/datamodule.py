@@ -184,7 +184,7 @@ class ImageDataModule(LightningDataModule):
         dataset: ``digits``, ``cifar10``, ``cifar100``; a folder: ``train/CLASS/*.jpg`` with optional ``val/`` and
             ``test/``, or just ``CLASS/*.jpg``; several folders with commas between; a table ``FILE.csv`` (``.tsv``,
             ``.parquet``) with columns path, label and perhaps split; ``torch/NAME``, ``hfds/NAME``; streamed:
-            ``hfids/NAME``, ``wds/FOLDER`` of tar files (docs/data.md).
+            ``hfids/NAME``, ``wds/FOLDER`` of tar files; ``tfds/NAME`` (docs/data.md).
         root: Where downloads and decoded copies are kept.
         image_size: Height and width of the model's input, in pixels; none for the images' own.
         batch_size: Images in a batch of one device.

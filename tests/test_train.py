@@ -291,6 +291,28 @@ class Bomb:
         return Path.touch, (self.marker,)
 
 
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_random_weights_are_not_measured(command, tmp_path, capsys):
+    assert train.main([command, *TINY, f"--trainer.default_root_dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"train.py: {command} needs trained weights: --ckpt_path best (or last, or FILE.ckpt)\n"
+    )
+
+
+def test_a_short_trial_is_validated_and_replaces_the_last_with_a_word(tmp_path, capsys):
+    for words in (False, True):
+        short = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=5", "--trainer.limit_train_batches=2"]
+        assert run("fit", tmp_path, *short) == 0
+        assert ("replaces the run that is there" in capsys.readouterr().err) == words
+        assert (tmp_path / "model.safetensors").exists()
+        (tmp_path / "model.safetensors").unlink()
+
+
+def test_options_are_not_abbreviated(capsys):
+    assert train.main(["fit", *TINY, "--trainer.max_epoch=1"]) == 2
+    assert "did you mean trainer.max_epochs?" in capsys.readouterr().err
+
+
 def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
     """Arguments, and what the message must name."""
     nowhere, garbage, evil = tmp_path / "nowhere", tmp_path / "garbage.ckpt", tmp_path / "evil.ckpt"
