@@ -62,6 +62,11 @@ def test_table_lets_no_name_move_the_terminal():
     assert "unsure" in text
 
 
+def test_table_says_how_far_a_map_can_be_trusted():
+    record = {**RECORDS[0], "map_score": 0.4149}
+    assert Table(("cat", "dog")).record(record).decode().rstrip().endswith("map score +0.41")
+
+
 # ---- the file ----------------------------------------------------------------------------------------------------
 
 

@@ -222,6 +222,7 @@ class Table:
         else:
             cells = (f"{printable(p['label']):<{self.label_width}} {p['score']:6.1%}" for p in record["predictions"])
             text = "   ".join(cells) + ("   unsure" if record.get("unsure") else "")
+            text += f"   map score {record['map_score']:+.2f}" if "map_score" in record else ""
         return f"{path:<{self.path_width}}   {text}\n".encode("utf-8", "backslashreplace")
 
     def end(self) -> bytes:
