@@ -163,6 +163,4 @@ def test_a_planted_shortcut_is_found_and_nothing_else(mark):
         predicted = logits.argmax(1)
         assert (predicted == labels).float().mean() > 0.9
         hints = find_hints({c: maps[predicted == c] for c in range(4)})
-        found = [c for c in range(4) if hints[c]]
-        # Rollout looks at the mark's place whatever the class, also to see that it is not there, and may not tell them.
-        assert found == ([3] if mark else []) or (method == "rollout" and not found)
+        assert [c for c in range(4) if hints[c]] == ([3] if mark else [])
