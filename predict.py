@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--score-maps", action="store_true",
         help="add map_score to each record: how far its map can be trusted, -1 to 1, 0 is chance (slow: 34 passes)",
     )  # fmt: skip
-    group.add_argument("--method", choices=METHODS, default="rollout", help="how maps are made [rollout]")
+    group.add_argument("--method", choices=METHODS, help="how maps are made [rollout]")
     group.add_argument("--report", metavar="FILE.html", help="a page: 200 images to look into, figures of each class")
 
     group = p.add_argument_group("speed")
@@ -121,6 +121,9 @@ def check(options: argparse.Namespace) -> None:
         error("--format parquet needs pyarrow: pip install pyarrow")
     if options.engine == "ray" and not (find_spec("ray") and find_spec("pyarrow")):
         error("--engine ray needs ray: pip install 'ray[data]'")
+    if options.method and not (options.maps or options.report or options.score_maps):
+        error("--method says how maps are made; ask for some: --maps DIR, --report FILE.html or --score-maps")
+    options.method = options.method or "rollout"
     if options.resume and not (options.out and options.format in ("jsonl", "csv")):
         error("--resume needs --out FILE with --format jsonl or csv")
 

@@ -103,15 +103,30 @@ class TrainCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """A run that has ended is not started again by a command that may run in a loop."""
-        root = Path(self.trainer.default_root_dir)
+        root, path = Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path")
         last, exported = root / "last.ckpt", root / "model.safetensors"
-        if self._get(self.config, "ckpt_path") is None and last.exists() and self.trainer.is_global_zero:
+        if path is None and last.exists() and self.trainer.is_global_zero:
             print(f"{root}: replaces the run that is there; --ckpt_path last would go on with it", file=sys.stderr)
-        if self._get(self.config, "ckpt_path") != "last" or not last.exists() or not exported.exists():
+        if path is None or (path == "last" and not last.exists()):
             return
-        state = torch.load(last, weights_only=True, map_location="cpu", mmap=True)
+        state = torch.load(last if path == "last" else path, weights_only=True, map_location="cpu", mmap=True)
+        for name in ("optimizer", "layer_decay", "freeze"):
+            before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
+            if before != now:
+                raise ValueError(f"{path}: trained with model.{name} {before}, which cannot become {now} on the way")
         limits = [self.trainer.max_epochs, self.trainer.max_steps]
-        if state["callbacks"]["Guard"]["done"] == limits and exported.stat().st_mtime >= last.stat().st_mtime:
+        if path != "last":
+            ended = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+            if ended and state["epoch"] + 1 == limits[0]:
+                raise ValueError(
+                    f"{path}: nothing is left to train, {state['epoch'] + 1} of {limits[0]} epochs are done. Longer: "
+                    f"--trainer.max_epochs; a new run from its weights: --model.pretrained {path}"
+                )
+        elif (
+            state["callbacks"]["Guard"]["done"] == limits
+            and exported.exists()
+            and exported.stat().st_mtime >= last.stat().st_mtime
+        ):
             print(f"{root}: this run is finished, {state['global_step']:,} steps; nothing was changed", file=sys.stderr)
             sys.exit(0)
 

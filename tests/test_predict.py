@@ -194,6 +194,7 @@ def test_exit_codes(run, images, tmp_path):
         (["a", "--resume"], "--resume needs --out FILE"),
         (["a", "--resume", "--out", "x.json"], "--resume needs --out FILE"),
         (["a", "--format", "parquet"], "--format parquet needs --out FILE"),
+        (["a", "--method", "lrp"], "--method says how maps are made; ask for some: --maps DIR, "),
         (["a", "--format", "xml"], "invalid choice: 'xml'"),
         (["a", "--checkpoint", "/nowhere/model.safetensors"], "/nowhere/model.safetensors: no such checkpoint file"),
         (["a", "--device", "gpu"], "no device 'gpu'"),

@@ -202,6 +202,27 @@ def test_finished_run_is_left_alone(tmp_path):
     assert [(tmp_path / name).read_bytes() for name in names] == before
 
 
+def test_no_epoch_is_left_to_train(tmp_path, capfd):
+    """A checkpoint from the end of its run would otherwise train nothing, and not say so."""
+    assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--ckpt_path=best") == 2
+    best = tmp_path / "best.ckpt"
+    assert f"train.py: {best}: nothing is left to train, 1 of 1 epochs are done." in capfd.readouterr().err
+    assert run("fit", tmp_path, "--trainer.max_epochs=2", "--ckpt_path=best") == 0
+    assert load_checkpoint(tmp_path / "model.safetensors")[1].training["epochs"] == 2
+
+
+def test_run_goes_on_with_the_settings_of_today(tmp_path):
+    """Learning rates, weight decay and length are those of the command, not of the checkpoint."""
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--model.optimizer=muon") == 0
+    today = ["--trainer.max_epochs=2", "--model.lr=1e-5", "--model.muon_lr=1e-4", "--model.weight_decay=0.7"]
+    assert run("fit", tmp_path, *today, "--model.optimizer=muon", "--model.schedule=linear", "--ckpt_path=last") == 0
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == set(state["lr_schedulers"][0]["base_lrs"]) == {1e-5, 1e-4}
+    assert max(group["weight_decay"] for group in groups) == 0.7
+
+
 # Several processes
 
 
@@ -381,10 +402,12 @@ def test_bad_images_are_known_before_the_first_step(tmp_path, capfd, monkeypatch
     assert load_checkpoint(tmp_path / "third" / "model.safetensors")[1].class_names == ("a", "b")
 
 
-def test_run_goes_on_with_its_own_model_only(fitted, tmp_path, capfd):
+def test_run_goes_on_with_its_own_model_and_optimiser_only(fitted, tmp_path, capfd):
     shutil.copy(fitted / "last.ckpt", tmp_path)
     assert run("fit", tmp_path, "--ckpt_path=last", "--model.embed_dim=32") == 2
     assert "embed_dim 16, this one 32" in capfd.readouterr().err
+    assert run("fit", tmp_path, "--ckpt_path=last", "--model.layer_decay=0.5") == 2
+    assert "last: trained with model.layer_decay 1.0, which cannot become 0.5" in capfd.readouterr().err
 
 
 def test_model_is_taken_from_the_checkpoint(fitted, tmp_path):

@@ -204,7 +204,17 @@ class ViTClassifier(LightningModule):
         warmup = int(self.warmup * self.total_steps)
         factor = learning_rate(total=self.total_steps, warmup=warmup, shape=self.schedule)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A run that goes on does so with today's settings: the optimiser's state brought back its checkpoint's."""
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        schedule.base_lrs = [group["initial_lr"] for group in self.settings]
+        for group, settings, factor in zip(optimizer.param_groups, self.settings, schedule.lr_lambdas, strict=True):
+            group.update(settings, lr=settings["initial_lr"] * factor(schedule.last_epoch))
 
     # What is kept
 
