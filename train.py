@@ -1,11 +1,15 @@
 """Train, validate or test a vision transformer: ``python train.py fit --config configs/digits.yaml``."""
 
+import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -84,32 +88,51 @@ class TrainCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Refuse an unusable checkpoint before anything is built; ``best`` is the run's, also in a later process.
 
-        Then Lightning takes the model's arguments from the file.
+        For a measurement Lightning then takes the model's arguments from the file.
         """
         config = self.config[self.config["subcommand"]]
         root, path = Path(config["trainer"]["default_root_dir"]), config.get("ckpt_path")
-        if path == "best":
-            path = config["ckpt_path"] = str(root / "best.ckpt")
+        subcommand = self.config["subcommand"]
+        if path == "best" or (path == "last" and subcommand != "fit"):
+            path = config["ckpt_path"] = str(root / f"{path}.ckpt")
         elif path == "last" and (root / "last.ckpt").exists():
             path = root / "last.ckpt"
-        subcommand = self.config["subcommand"]
         if path is None and subcommand != "fit" and config["model"]["pretrained"] is None:
             raise ValueError(f"{subcommand} needs trained weights: --ckpt_path best (or last, or FILE.ckpt)")
         if path not in (None, "last"):
             if Path(path).suffix != ".ckpt":
                 raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last")
             load_checkpoint(path)
-        super()._parse_ckpt_path()
+        if subcommand != "fit":  # which has today's settings: those of the command
+            super()._parse_ckpt_path()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with locked(Path(self.trainer.default_root_dir)) if self._writes(subcommand) else nullcontext():
+            super()._run_subcommand(subcommand)
+
+    def _writes(self, subcommand: str) -> bool:
+        """Whether this process is the one that puts a new state into the run's folder."""
+        return subcommand == "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False)
+
+    def before_validate(self) -> None:
+        """Refuse to measure what chance has made."""
+        if self._get(self.config, "ckpt_path") is None and any("head" in note for note in self.model.adapted):
+            raise ValueError(f"{self.subcommand} needs trained weights: {self.model.pretrained} knows other classes")
+
+    before_test = before_validate
 
     def before_fit(self) -> None:
-        """A run that has ended is not started again by a command that may run in a loop."""
+        """One run in a folder: an earlier one is put aside, one that has ended is not started again by a loop."""
         root, path = Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path")
         last, exported = root / "last.ckpt", root / "model.safetensors"
-        if path is None and last.exists() and self.trainer.is_global_zero:
-            print(f"{root}: replaces the run that is there; --ckpt_path last would go on with it", file=sys.stderr)
         if path is None or (path == "last" and not last.exists()):
+            if self._writes("fit"):
+                put_aside(root)
             return
-        state = torch.load(last if path == "last" else path, weights_only=True, map_location="cpu", mmap=True)
+        file = last if path == "last" else path
+        state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        if "optimizer_states" not in state:
+            raise ValueError(f"{file}: holds weights alone; start a new run from them with --model.pretrained {file}")
         for name in ("optimizer", "layer_decay", "freeze"):
             before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
             if before != now:
@@ -130,6 +153,17 @@ class TrainCLI(LightningCLI):
             print(f"{root}: this run is finished, {state['global_step']:,} steps; nothing was changed", file=sys.stderr)
             sys.exit(0)
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse what Lightning takes and our runs cannot do."""
+        config = self._get(self.config, "trainer")
+        for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches"):
+            if config[name] == 0:
+                raise ValueError(f"trainer.{name} must be above 0")
+        if config["overfit_batches"]:
+            raise ValueError("trainer.overfit_batches is not supported; try --trainer.limit_train_batches")
+        if self.subcommand == "fit" and (count := self._get(self.config, "checkpoint.save_top_k")) != 1:
+            raise ValueError(f"checkpoint.save_top_k must be 1, got {count}: there is one best.ckpt")
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config, "trainer")
         given = self._get(self.config_init, "trainer")
@@ -142,6 +176,37 @@ class TrainCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             kwargs["callbacks"] = [*several(given["callbacks"]), TrainingProgress()]
         return super().instantiate_trainer(**kwargs)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the run folder; this process alone does, not its workers, so a run that was killed leaves it free.
+
+    Raises:
+        ValueError: If another run trains there.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{root}: another run trains here; take another --trainer.default_root_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def put_aside(root: Path) -> None:
+    """Move the run that is in this folder to ``previous``, so that nothing of it can be taken for the new one's."""
+    if not (root / "last.ckpt").exists() and not (root / "model.safetensors").exists():
+        return
+    shutil.rmtree(root / "previous", ignore_errors=True)
+    (root / "previous").mkdir()
+    for name in ("last.ckpt", "best.ckpt", "model.safetensors", "metrics.csv", "hparams.yaml", "config.yaml"):
+        if (root / name).exists():
+            (root / name).rename(root / "previous" / name)
+    words = f"the run that was here is in {root / 'previous'}; --ckpt_path last would have gone on with it"
+    print(f"{root}: {words}", file=sys.stderr)
 
 
 def main(args: ArgsType = None) -> int:
@@ -170,7 +235,8 @@ def main(args: ArgsType = None) -> int:
         ".*LeafSpec.*is deprecated.*",  # Lightning's own affair
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # TrainOrder goes on where it stopped
         ".*The dirpath has changed.*",  # a checkpoint of another folder
-        ".*need to be provided during .Trainer.*ModelCheckpoint.*",  # it is there, with another monitor
+        ".*need to be provided during .Trainer.*(ModelCheckpoint|Timer).*",  # other settings now
+        ".*could not find the monitored key.*",  # nothing was validated; the end of the run says so
         ".*WeightAveraging callback with a model that overrides the configure_model.*",  # which shards only for FSDP
         ".*ckpt_path=.last..* is set, but there is no last checkpoint.*",  # a first run
     ):
@@ -188,6 +254,9 @@ def main(args: ArgsType = None) -> int:
         )
     except (ValueError, OSError, MisconfigurationException) as error:  # a setting or a file that cannot be used
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {' '.join(str(error).split())}; try half the --data.batch_size", file=sys.stderr)
         return 2
     except Diverged as error:
         print(f"train.py: diverged: {error}; try a lower learning rate", file=sys.stderr)

@@ -189,7 +189,8 @@ class ImageDataModule(LightningDataModule):
         image_size: Height and width of the model's input, in pixels; none for the images' own.
         batch_size: Images in a batch of one device.
         val_fraction: Share of the training images held out for validation where the data set brings none, in (0, 1);
-            0 trains on all of them and validates on the first thousand, for a last run whose settings are chosen.
+            0 trains on all of them and validates on a thousand of them, for a last run whose settings are chosen; then
+            the temperature stays 1.
         seed: Of the held-out split, the order and the augmentation.
         num_workers: Processes that decode images; sets that fit in memory are decoded once and need none after that.
         augment: Random changes to training images.
@@ -221,6 +222,7 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
         self.num_workers, self.augment, self.balance, self.compile = num_workers, augment, balance, compile
+        self.held_out = True  # whether validation images are no training images
         self.resumed = 0  # optimiser steps done when this run was resumed
         self.device = CPU  # of the model
         self.copies: dict[tuple[Split, torch.device], Split] = {}  # what lies on it
@@ -279,7 +281,9 @@ class ImageDataModule(LightningDataModule):
             kept, held_out = stratified_split(train.labels, self.val_fraction, seed=0)  # the same for every run's seed
             self.train, self.val = SplitDataset(train, kept), SplitDataset(train, held_out)
         else:
-            self.train, self.val = SplitDataset(train), SplitDataset(train, torch.arange(min(1000, len(train.labels))))
+            count = len(train.labels)
+            seen = torch.linspace(0, count - 1, min(1000, count)).long()  # of every class: folders are sorted by class
+            self.train, self.val, self.held_out = SplitDataset(train), SplitDataset(train, seen), False
         if val is not None:
             self.val = batches(val)
         self.test = None if test is None else batches(test)
@@ -303,7 +307,8 @@ class ImageDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return 0, 0
-        batches, accumulate = len(self.order), trainer.accumulate_grad_batches
+        batches = max(1, int(min(len(self.order), trainer.num_training_batches)))  # trainer.limit_train_batches
+        accumulate = trainer.accumulate_grad_batches
         # Workers ask for their first batches before the trainer has restored its step.
         epoch, steps = divmod(max(trainer.global_step, self.resumed), -(-batches // accumulate))
         return epoch, steps * accumulate

@@ -74,7 +74,7 @@ def test_everything_lies_in_the_run_folder(fitted):
     names = {path.name for path in fitted.iterdir()}
     assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "model.safetensors"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert not [name for name in names if "-v" in name or name.startswith(".")]
+    assert not [name for name in names if "-v" in name or (name.startswith(".") and name != ".lock")]
 
 
 def test_metrics_are_written_down(fitted):
@@ -318,15 +318,94 @@ def test_random_weights_are_not_measured(command, tmp_path, capsys):
     assert capsys.readouterr().err.endswith(
         f"train.py: {command} needs trained weights: --ckpt_path best (or last, or FILE.ckpt)\n"
     )
+    for name in ("best", "last"):
+        assert train.main([command, *TINY, f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={name}"]) == 2
+        assert f"{tmp_path / name}.ckpt: no such checkpoint file" in capsys.readouterr().err
+    new_head = ["--model.pretrained=vit/weights/cifar10.safetensors", f"--trainer.default_root_dir={tmp_path}"]
+    assert train.main([command, f"--config={ROOT / 'configs/finetune.yaml'}", "--data.dataset=digits", *new_head]) == 2
+    assert "vit/weights/cifar10.safetensors knows other classes" in capsys.readouterr().err
 
 
 def test_a_short_trial_is_validated_and_replaces_the_last_with_a_word(tmp_path, capsys):
     for words in (False, True):
         short = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=5", "--trainer.limit_train_batches=2"]
         assert run("fit", tmp_path, *short) == 0
-        assert ("replaces the run that is there" in capsys.readouterr().err) == words
+        assert (f"the run that was here is in {tmp_path / 'previous'}" in capsys.readouterr().err) == words
         assert (tmp_path / "model.safetensors").exists()
-        (tmp_path / "model.safetensors").unlink()
+        assert (tmp_path / "previous" / "model.safetensors").exists() == words
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_the_new_one(tmp_path, capfd):
+    """A new run that ends before its first save leaves no checkpoint, not one of the run before it."""
+    assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--model.lr=1e30", "--trainer.gradient_clip_val=null") == 5
+    assert "nothing was saved before" in capfd.readouterr().err
+    assert not (tmp_path / "last.ckpt").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_one_run_in_a_folder(tmp_path):
+    code = "import sys, train\nwith train.locked(train.Path(sys.argv[1])): pass"
+    with train.locked(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert f"{tmp_path}: another run trains here; " in other.stderr
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT).returncode == 0
+
+
+def test_a_run_without_validation_keeps_its_last_weights(tmp_path, capfd):
+    arguments = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=true"]
+    assert run("fit", tmp_path, *arguments) == 0
+    assert "last (nothing was validated) weights: " in capfd.readouterr().err
+    assert load_checkpoint(tmp_path / "model.safetensors")[1].training["epochs"] == 1
+
+
+def test_part_of_the_batches_is_an_epoch(tmp_path):
+    """Every epoch has as many steps, and the last of them is validated."""
+    assert run("fit", tmp_path, "--trainer.max_epochs=3", "--trainer.limit_train_batches=0.7") == 0
+    assert load_checkpoint(tmp_path / "model.safetensors")[1].training["steps"] == 9
+    assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == [2, 5, 8]
+
+
+def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_path):
+    """The largest loss, which is that of the first epoch, stays the best in the copy too."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("fit", one, "--trainer.max_epochs=2", "--checkpoint.mode=max") == 0
+    best = weights(one / "best.ckpt")
+    shutil.copytree(one, two)
+    assert run("fit", two, "--trainer.max_epochs=3", "--checkpoint.mode=max", "--ckpt_path=last") == 0
+    assert all(torch.equal(best[key], value) for key, value in weights(two / "best.ckpt").items())
+    assert (one / "best.ckpt").exists()
+    state = torch.load(two / "last.ckpt", weights_only=True)["callbacks"]
+    assert [part["best_model_path"] for part in state.values() if "dirpath" in part] == [str(two / "best.ckpt")]
+
+
+def test_out_of_time_is_not_done(tmp_path):
+    """It goes on in the middle of the epoch in which the time ran out, and has no more and no fewer steps."""
+    assert run("fit", tmp_path, "--trainer.max_epochs=2000", "--trainer.max_time=00:00:00:01") == 0
+    epochs = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] // 5 + 2
+    assert run("fit", tmp_path, f"--trainer.max_epochs={epochs}", "--ckpt_path=last") == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 5 * epochs
+
+
+def test_weights_are_measured_with_their_own_preprocessing(tmp_path):
+    """Dark images stay dark: their own mean would make them as bright as those of the training."""
+    digits = load_digits().test
+    assert digits is not None
+    pixels = digits.images.expand(-1, 3, -1, -1)  # type: ignore[union-attr]
+    dark = (pixels.float() * 0.3).byte()
+    for name, images in (("bright", pixels), ("dark", dark)):
+        for number, (image, label) in enumerate(zip(images, digits.labels.tolist(), strict=True)):
+            path = tmp_path / name / ("train" if number % 2 else "test") / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    data = [f"--data.root={tmp_path}", "--data.val_fraction=0.2", "--trainer.max_epochs=1"]
+    assert run("fit", tmp_path, *data, f"--data.dataset={tmp_path / 'bright'}") == 0
+    assert run("test", tmp_path, *data, f"--data.dataset={tmp_path / 'dark'}", "--ckpt_path=best") == 0
+    model, about = load_checkpoint(tmp_path / "best.ckpt")
+    with torch.no_grad():
+        logits = model(about.preprocess.normalize(dark[::2]))
+    expected = torch.nn.functional.cross_entropy(logits, digits.labels[::2]).item()
+    assert table(tmp_path / "test")[0]["test/loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_options_are_not_abbreviated(capsys):
@@ -354,6 +433,12 @@ def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
         "code inside": ([f"--ckpt_path={evil}"], f"{evil}: refused"),
         "plain pickle": ([f"--ckpt_path={tmp_path / 'pickle.ckpt'}"], "pickle.ckpt: refused"),
         "not a run's": ([f"--ckpt_path={tmp_path / 'model.safetensors'}"], "takes a .ckpt file"),
+        "no smoothing": (["--model.label_smoothing=1.5"], "model.label_smoothing must be in [0, 1), got 1.5"),
+        "endless warm-up": (["--model.warmup=3"], "model.warmup must be in [0, 1), got 3"),
+        "never validated": (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch must be above 0"),
+        "no accumulation": (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be above 0"),
+        "overfit": (["--trainer.overfit_batches=1"], "trainer.overfit_batches is not supported"),
+        "three best": (["--checkpoint.save_top_k=3"], "checkpoint.save_top_k must be 1, got 3"),
         "no best": (["--ckpt_path=best"], "best.ckpt: no such checkpoint file"),
         "endless": (["--trainer.max_epochs=-1"], "give trainer.max_epochs"),
         "accelerator": (["--trainer.accelerator=abacus"], "abacus"),

@@ -93,11 +93,15 @@ class ViTClassifier(LightningModule):
             raise ValueError(f"model.layer_decay must be in (0, 1], got {layer_decay}")
         self.pretrained, self.adapted = pretrained, []
         self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
+        self.measured = False  # whether it holds the best of weights that were validated
         if pretrained is None:
             self.vit = VisionTransformer(image_size=image_size, in_chans=len(mean), num_classes=len(class_names), **vit)
         else:
             facts = {"image_size": image_size, "class_names": class_names, "mean": mean, "std": std}
             self.vit, self.adapted = start_from(pretrained, **facts, **asked_for(vit))
+        for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
+            if not 0 <= value < 1:
+                raise ValueError(f"model.{name} must be in [0, 1), got {value}")
         if freeze:
             self.vit.requires_grad_(False).head.requires_grad_(True)
         self.class_names = tuple(class_names)
@@ -189,7 +193,8 @@ class ViTClassifier(LightningModule):
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
+        held_out = getattr(getattr(self.trainer, "datamodule", None), "held_out", True)
+        if held_out and not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.temperature.copy_(self.fit_temperature.compute())
         self.fit_temperature.reset()
 
@@ -271,16 +276,39 @@ class ViTClassifier(LightningModule):
             if ours[name] != value:
                 raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
         self.minutes = theirs["training"]["minutes"]
+        # The weights belong to their preprocessing, whatever the mean and deviation of the images that come now.
+        self.preprocess = Preprocess(**theirs["preprocess"])
+        trainer = self._trainer
+        if trainer is None:  # load_from_checkpoint
+            return
+        if data := getattr(trainer, "datamodule", None):
+            data.preprocess = self.preprocess
+        for state in checkpoint.get("callbacks", {}).values():
+            if "best_model_path" in state:
+                relocate(state, Path(trainer.default_root_dir))
 
     def on_fit_end(self) -> None:
-        """Write ``model.safetensors`` from the best weights, beside the run's other files."""
-        callback = self.trainer.checkpoint_callback
-        if not self.trainer.is_global_zero or not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
+        """Write ``model.safetensors`` from the best weights, or the last where none were measured."""
+        callback, root = self.trainer.checkpoint_callback, Path(self.trainer.default_root_dir)
+        if not self.trainer.is_global_zero or not isinstance(callback, ModelCheckpoint):
             return
-        model, about = load_checkpoint(callback.best_model_path)
-        path = Path(self.trainer.default_root_dir) / "model.safetensors"
+        self.measured = bool(callback.best_model_path)
+        best = Path(callback.best_model_path) if self.measured else root / "last.ckpt"
+        if not best.is_file():  # fast_dev_run keeps nothing
+            return
+        model, about = load_checkpoint(best)
+        path = root / "model.safetensors"
         save_checkpoint(path, model.state_dict(), about)
         self.exported = path, about
+
+
+def relocate(state: dict[str, Any], root: Path) -> None:
+    """Let ModelCheckpoint's state name the best model in this folder, if it is there: a run may be moved or copied."""
+    best = root.resolve() / Path(state["best_model_path"]).name
+    if best.is_file():
+        state["best_model_path"] = state["kth_best_model_path"] = str(best)
+        state["best_k_models"] = dict.fromkeys([str(best)], state["best_model_score"])
+        state["dirpath"] = str(best.parent)
 
 
 def compiled(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -155,13 +155,16 @@ class Guard(Checkpoint):
         self._read(trainer)
         self._send(trainer, torch.zeros((), dtype=torch.long, device=pl_module.device))
         self._read(trainer)
+        stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        timed_out = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
         if (
             trainer.current_epoch + 1 == trainer.max_epochs
             or trainer.global_step == trainer.max_steps
-            or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+            or (stopped and not timed_out)  # out of trainer.max_time it can go on
         ):
             self.done = [trainer.max_epochs, trainer.max_steps]
-        if self.done or self.signal or self.due:
+        if self.done or stopped or self.signal or self.due:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -151,7 +151,8 @@ class TrainingProgress(ProgressBar):
             return
         path, about = exported
         score = f", val acc {about.metrics['val/acc']:.1%}" if "val/acc" in about.metrics else ""
-        self.console.print(f"best weights{score}: {path}", highlight=False, soft_wrap=True)
+        which = "best" if pl_module.measured else "last (nothing was validated)"
+        self.console.print(f"{which} weights{score}: {path}", highlight=False, soft_wrap=True)
         self.console.print(
             f"classify with them: python predict.py IMAGE --checkpoint {path}", highlight=False, soft_wrap=True
         )
