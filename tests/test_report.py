@@ -57,7 +57,10 @@ def view(name: str = "cat", **changes: Any) -> dict[str, Any]:
             "centre": {"mean": 0.3, "error": 0.0, "even": 0.2},
         },
         "hint": None,
-        "examples": {"most typical": ["photos/0.jpg", "photos/1.jpg"], "surest errors": ["photos/2.jpg", "gone.jpg"]},
+        "examples": {
+            "most typical": ["photos/0.jpg", "photos/1.jpg"],
+            "most confident errors": ["photos/2.jpg", "gone.jpg"],
+        },
         **changes,
     }
 

@@ -44,15 +44,15 @@ def test_figures_by_hand():
     assert view["shares"]["centre"] == pytest.approx({"mean": 0.75, "error": error, "even": 16 / 64})
     assert view["examples"]["least typical"] == ["4.jpg", "dog/3.jpg"]
     assert view["examples"]["most typical"] == ["x/cat/1.jpg", "x/cat/2.jpg"]
-    assert view["examples"]["surest errors"] == ["dog/3.jpg"]
+    assert view["examples"]["most confident errors"] == ["dog/3.jpg"]
 
 
 def test_errors_are_the_surest_first_and_only_where_folders_tell():
     rows = [(f"dog/{i}.jpg", "cat", 0.5 + i / 100) for i in range(5)] + [("cat/ship/6.jpg", "ship", 0.9)]
     by_name = {view["name"]: view for view in filled(*rows).view()}
-    assert by_name["cat"]["examples"]["surest errors"] == ["dog/4.jpg", "dog/3.jpg", "dog/2.jpg"]
+    assert by_name["cat"]["examples"]["most confident errors"] == ["dog/4.jpg", "dog/3.jpg", "dog/2.jpg"]
     assert by_name["cat"]["right"] == 0
-    assert "surest errors" not in by_name["ship"]["examples"]  # the nearest folder counts
+    assert "most confident errors" not in by_name["ship"]["examples"]  # the nearest folder counts
     (view,) = filled(("somewhere/1.jpg", "dog", 0.8)).view()
     assert view["right"] is None
 

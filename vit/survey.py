@@ -27,7 +27,7 @@ DEFINITIONS = {
     "border": "Share of the map on its outermost ring; the tick is the share of an even map.",
     "centre": "Share of the map on the middle half of its rows and columns; the tick is the share of an even map.",
     "most and least typical": "The images whose maps are most and least like the mean map, by cosine.",
-    "surest errors": "The highest scores of this class among images in another class's folder, which is named.",
+    "most confident errors": "The highest scores of this class among images in another class's folder, which is named.",
     "hint": (
         f"Shown from {FEWEST} images on, where the border holds {BORDER:g} times, or one cell of it {SPOT:g} times, "
         f"what an even map and what the other classes' maps have there, and {SIGMAS} standard errors more: a frame, a "
@@ -92,7 +92,7 @@ class Survey:
         examples = {
             "most typical": order[: max(1, few)],
             "least typical": order[len(order) - few :][::-1],
-            "surest errors": sorted(wrong, key=lambda i: -self.scores[i])[:EXAMPLES],
+            "most confident errors": sorted(wrong, key=lambda i: -self.scores[i])[:EXAMPLES],
         }
         return {
             "name": self.class_names[label],
