@@ -312,12 +312,12 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
     """Class names and splits of a folder of tar files.
 
     Args:
-        folder: It holds ``train-*.tar``, ``val-*.tar`` and ``test-*.tar``, or just ``*.tar``; or timm's ``_info.json``,
-            that names files and their lengths. ``classes.txt`` has the classes' names, one a line.
+        folder: It holds ``*train*.tar``, ``*val*.tar`` and ``*test*.tar``, or just ``*.tar``; or timm's
+            ``_info.json``, that names files and their lengths. ``classes.txt`` has the classes' names, one a line.
         cache: Folder for what was counted.
 
     Raises:
-        DataError: If there are none, or one is damaged.
+        DataError: If there are none, their names do not say which split they are of, or one is damaged.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: give wds/FOLDER, a folder of tar files")
@@ -352,15 +352,24 @@ def read_info(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]] | Non
 
 
 def find_tars(folder: Path) -> dict[str, list[str]]:
-    """Tar files by the split that their names begin with; all for training if none does."""
+    """Tar files by the split that is a word in their names (``set-train-000.tar``); all for training if none is."""
     files = sorted(path for path in folder.iterdir() if re.search(r"\.(tar|tar\.gz|tgz)$", path.name))
     if not files:
         raise DataError(f"{folder} has no tar files")
     splits: dict[str, list[str]] = {}
     for path in files:
-        splits.setdefault(split_of(re.split(r"[-_.\d]", path.name)[0]), []).append(str(path))
+        said = sorted({split_of(word) for word in re.split(r"[\W\d_]+", path.name)} & set(SPLITS))
+        if len(said) > 1:
+            raise DataError(f"{path}: its name says both {said[0]} and {said[1]}: rename it")
+        splits.setdefault(said[0] if said else "", []).append(str(path))
+    unsaid = splits.pop("", [])
+    if unsaid and splits:  # neither left out nor trained on by mistake
+        names = ", ".join(os.path.basename(path) for path in unsaid[:3]) + ", ..." * (len(unsaid) > 3)
+        raise DataError(f"{folder}: no train, val or test in the names of {names}, but in others: rename or move them")
+    if unsaid:
+        return {"train": unsaid}
     if "train" not in splits:
-        return {"train": [str(path) for path in files]}
+        raise DataError(f"{folder} has {min(splits)} tar files but no train: rename or add those for training")
     return {split: splits[split] for split in SPLITS if split in splits}
 
 

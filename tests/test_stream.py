@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import train
 from data.datamodule import ImageDataModule, StreamBatches
 from data.sources import DataError, load_source
-from data.stream import Sample, Stream, StreamDataset, StreamOrder, TarShards, even, load_tars, shuffled
+from data.stream import Sample, Stream, StreamDataset, StreamOrder, TarShards, even, find_tars, load_tars, shuffled
 from vit.checkpoint import load_checkpoint
 from vit.preprocess import Preprocess
 
@@ -264,6 +264,40 @@ def test_splits_by_the_files_names(tmp_path, shards):
     write_shards(shards, (3,), split="validation", first=34)
     source: Any = load_source(f"wds/{shards}", root=tmp_path / "root", image_size=8)
     assert (len(source.train), len(source.val), source.test) == (34, 3, None)  # type: ignore[arg-type]
+
+
+def tars(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        {"train": ["imagenet1k-train-000.tar", "imagenet1k-train-001.tar"], "val": ["imagenet1k-validation-000.tar"]},
+        {"train": ["set_Train.tar.gz"], "val": ["set_valid.tgz"], "test": ["test7.tar"]},
+        {"train": ["latest-0.tar", "trainer-0.tar"]},  # parts of words
+    ],
+)
+def test_the_split_is_a_word_anywhere_in_the_name(tmp_path, expected):
+    found = find_tars(tars(tmp_path / "tars", *(name for names in expected.values() for name in names)))
+    assert {split: [Path(path).name for path in paths] for split, paths in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-0.tar", "holdout-0.tar"], r"tars: no train, val or test in the names of holdout-0.tar, but"),
+        (["train-0.tar", *(f"{i}.tar" for i in range(4))], r"in the names of 0.tar, 1.tar, 2.tar, ..., but"),
+        (["test-train-0.tar"], r"test-train-0.tar: its name says both test and train: rename it"),
+        (["val-0.tar", "test-0.tar"], r"tars has test tar files but no train: rename or add those for training"),
+    ],
+)
+def test_no_tar_file_is_lost_or_trained_on_by_mistake(tmp_path, names, message):
+    with pytest.raises(DataError, match=message):
+        find_tars(tars(tmp_path / "tars", *names))
 
 
 def test_validation_is_held_out_by_shards(shards):
