@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.cache import DataError, ImageFiles, write_atomically
 from data.labels import split_of
-from data.stream import progress, remembered
+from data.stream import progress, remembered, states
 from vit.preprocess import ImageError, open_image
 
 
@@ -73,6 +73,7 @@ class HubShards:
         image: Column of the images.
         label: Column of the class numbers.
         lengths: Rows in each of its shards.
+        fingerprint: Of its files.
     """
 
     name: str
@@ -80,6 +81,7 @@ class HubShards:
     image: str
     label: str
     lengths: tuple[int, ...] = field(repr=False)
+    fingerprint: str = field(repr=False)
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
@@ -92,8 +94,11 @@ def encoded(image: dict[str, Any]) -> bytes:
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
-def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, ...], dict[str, tuple[Any, str, str]]]:
-    """Class names, and of each split its rows with undecoded images, the images' column and the labels'.
+HubRows = tuple[Any, str, str, str]  # rows with undecoded images, the images' column, the labels', fingerprint
+
+
+def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, ...], dict[str, HubRows]]:
+    """Class names, and the rows of each split.
 
     Args:
         dataset: Name on the Hugging Face hub, or a folder of parquet or image files.
@@ -108,10 +113,15 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
     except ImportError:
         raise DataError(f"{dataset}: needs the package datasets; pip install datasets") from None
     try:
-        found = datasets.load_dataset(dataset, cache_dir=str(root / "huggingface"), streaming=streaming)
+        cache = str(root / "huggingface")
+        found: Any = datasets.load_dataset(dataset, cache_dir=cache, streaming=streaming)
+        files: Any = datasets.load_dataset_builder(dataset, cache_dir=cache).config.data_files if streaming else None
     except Exception as error:  # no network, no such name, damaged files: each has its own
         raise DataError(f"{dataset}: cannot be loaded ({one_line(error)})") from None
-    splits: dict[str, tuple[Any, str, str]] = {}
+    # Rows that are streamed have no fingerprint; their files do: on this machine by size and time of change, elsewhere
+    # by the revision or tag that ``datasets`` found.
+    state = json.dumps([(states(part), part.origin_metadata) for part in (files or {}).values()])
+    splits: dict[str, HubRows] = {}
     class_names: tuple[str, ...] = ()
     for name, rows in found.items():
         features = rows.features or {}
@@ -121,11 +131,12 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
             raise DataError(f"{dataset}: needs an image and a class column, has {', '.join(features)}")
         class_names = tuple(features[label].names)
         rows = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
-        splits.setdefault(split_of(str(name)), (rows, image, label))
+        fingerprint = f"{image} {state}" if streaming else rows._fingerprint
+        splits.setdefault(split_of(str(name)), (rows, image, label, fingerprint))
     return class_names, splits
 
 
-def hub_shards(name: str, rows: Any, image: str, label: str, cache: Path) -> HubShards:
+def hub_shards(name: str, rows: Any, image: str, label: str, fingerprint: str, cache: Path) -> HubShards:
     """A streamed split with its rows counted: the first time that takes a pass over them, later none."""
     count = rows.num_shards
 
@@ -133,14 +144,15 @@ def hub_shards(name: str, rows: Any, image: str, label: str, cache: Path) -> Hub
         parts = (rows.select_columns([label]).shard(num_shards=count, index=shard) for shard in range(count))
         return [sum(1 for _ in part) for part in progress(list(parts), "counting rows")]
 
-    found = remembered(cache, json.dumps([name, count, str(rows.info.version), rows.info.dataset_size]), lengths)
-    return HubShards(name=name, rows=rows, image=image, label=label, lengths=tuple(found))
+    key = json.dumps([name, count, str(rows.info.version), rows.info.dataset_size, fingerprint])
+    found = tuple(remembered(cache, key, lengths))
+    return HubShards(name=name, rows=rows, image=image, label=label, lengths=found, fingerprint=f"{name} {fingerprint}")
 
 
-def hub_images(name: str, rows: Any, image: str, label: str) -> Stored:
+def hub_images(name: str, rows: Any, image: str, label: str, fingerprint: str) -> Stored:
     """A split that was downloaded, by row number."""
     labels = torch.tensor(rows[label][:], dtype=torch.int64)
-    return RowImage(rows, image), labels, f"{name} {rows._fingerprint}"
+    return RowImage(rows, image), labels, f"{name} {fingerprint}"
 
 
 @dataclass(frozen=True)

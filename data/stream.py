@@ -50,6 +50,11 @@ class Shards(Protocol):
         """Samples in each shard."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what ``read`` gives: another one when the files change."""
+        ...
+
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         """Name, encoded image and class number of samples ``start`` to ``stop`` of a shard, in order."""
         ...
@@ -263,6 +268,10 @@ class TarShards:
     files: tuple[str, ...]
     lengths: tuple[int, ...] = field(repr=False)
 
+    @property
+    def fingerprint(self) -> str:
+        return repr(states(self.files))
+
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         path = self.files[shard]
         with open_tar(path) as tar:
@@ -375,7 +384,6 @@ def find_tars(folder: Path) -> dict[str, list[str]]:
 
 def count_tars(files: list[str], name: Path) -> tuple[dict[str, int], int]:
     """Samples in each tar file, and the largest class number + 1; kept in a file: it takes a pass over all."""
-    key = json.dumps([(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files])
 
     def count() -> dict[str, Any]:
         lengths, classes = {}, 0
@@ -386,11 +394,23 @@ def count_tars(files: list[str], name: Path) -> tuple[dict[str, int], int]:
             classes = max([classes, *(label + 1 for label in labels)])
         return {"lengths": lengths, "classes": classes}
 
-    found = remembered(name, key, count)
+    found = remembered(name, json.dumps(states(files)), count)
     return found["lengths"], found["classes"]
 
 
 # ---- what was counted -----------------------------------------------------------------------------------------------
+
+
+def states(files: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of each file, that tell a rewritten one without reading it."""
+    found = []
+    for file in files:
+        try:
+            stat = os.stat(file)
+            found.append((file, stat.st_size, stat.st_mtime_ns))
+        except OSError:  # not on this machine, or missing: opening it will say so
+            found.append((file, -1, 0))
+    return found
 
 
 def remembered(path: Path, key: str, make: Callable[[], Any]) -> Any:
@@ -424,5 +444,6 @@ def stream_statistics(stream: Stream, path: Path) -> tuple[tuple[float, ...], tu
         chunks = (stream.decode(stream.read(stream.chosen, *place))[1] for place in progress(places, "sampling images"))
         return list(channel_statistics(chunks))
 
-    mean, std = remembered(path, repr((stream.shards, stream.shards.lengths, stream.preprocess)), measure)
+    key = repr((stream.shards.fingerprint, stream.shards.lengths, stream.preprocess))
+    mean, std = remembered(path, key, measure)
     return tuple(mean), tuple(std)

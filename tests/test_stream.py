@@ -257,6 +257,22 @@ def test_statistics_are_those_of_the_pixels(tmp_path, shards):
     assert source.std == pytest.approx(np.maximum(values.std(0), 1 / 255), abs=1e-6)
 
 
+def test_statistics_follow_the_files(tmp_path, shards):
+    """Shards written anew with other images, as many as before."""
+    means = []
+    for first in (0, 100):
+        write_shards(shards, first=first)
+        means.append(load_source(f"wds/{shards}", root=tmp_path / "root", image_size=8).mean)
+    assert means[1][0] == pytest.approx(means[0][0] + 100 / 255, abs=1e-6)
+
+
+def test_missing_tar_file_of_timms_info_is_one_line(tmp_path, shards):
+    info = {"filenames": ["train-000.tar", "gone.tar"], "shard_lengths": [7, 1]}
+    (shards / "_info.json").write_text(json.dumps({"splits": {"train": info}}))
+    with pytest.raises(DataError, match=r"gone.tar: cannot be read as a tar file"):
+        load_tars(shards, tmp_path)
+
+
 # Splits
 
 
@@ -378,9 +394,8 @@ def test_balance_needs_labels(tmp_path, shards):
 # Hugging Face
 
 
-@pytest.fixture
-def hub(tmp_path) -> Path:
-    """A folder of parquet files in the layout of the datasets library."""
+def write_hub(folder: Path, parts: dict[str, tuple[int, ...]]) -> Path:
+    """A folder of parquet files in the layout of the datasets library, with so many rows in each."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {
@@ -390,7 +405,7 @@ def hub(tmp_path) -> Path:
         }
     )
     first = 0
-    for split, counts in (("train", COUNTS), ("test", (4,))):
+    for split, counts in parts.items():
         for shard, count in enumerate(counts):
             numbers = range(first, first + count)
             rows = {
@@ -398,12 +413,17 @@ def hub(tmp_path) -> Path:
                 "img": [{"bytes": encoded(i), "path": None} for i in numbers],
                 "kind": [i % 3 for i in numbers],
             }
-            (tmp_path / "hub").mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             datasets.Dataset.from_dict(rows, features=features).to_parquet(
-                str(tmp_path / "hub" / f"{split}-{shard:05}-of-{len(counts):05}.parquet")
+                str(folder / f"{split}-{shard:05}-of-{len(counts):05}.parquet")
             )
             first += count
-    return tmp_path / "hub"
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path) -> Path:
+    return write_hub(tmp_path / "hub", {"train": COUNTS, "test": (4,)})
 
 
 @pytest.fixture
@@ -428,6 +448,20 @@ def test_hub_sets_are_streamed_by_shards(hub, options):
             assert labels.tolist() == [index % 3 for index in indices.tolist()]
             found += indices.tolist()
     assert sorted(found) == list(range(34))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
+def test_rows_of_hub_sets_are_counted_once_and_again_when_the_files_change(hub, options, monkeypatch):
+    first: Any = load_source(f"hfids/{hub}", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("data.hub.progress", None)
+        patch.setattr("data.stream.progress", None)
+        again: Any = load_source(f"hfids/{hub}", **options)
+    assert (again.train.shards.lengths, again.mean) == (first.train.shards.lengths, first.mean)
+    write_hub(hub, {"train": (*COUNTS[:-1], 40), "test": (4,)})  # as many files
+    changed: Any = load_source(f"hfids/{hub}", **options)
+    assert changed.train.shards.lengths == (*COUNTS[:-1], 40)
+    assert changed.mean != first.mean
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
