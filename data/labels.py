@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cache import DataError
+from data.cache import DataError, say_once
 from vit.preprocess import SUFFIXES
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -35,17 +36,32 @@ def list_images(roots: list[Path]) -> tuple[tuple[str, ...], dict[str, Listing]]
         roots: Folders with class folders, or with train/, val/ and test/ above those.
     """
     folders: dict[str, list[Path]] = {}
+    passed_over: Counter[str] = Counter()
+    beside: list[str] = []
     try:
         for root in roots:
-            for split, folder in split_folders(root).items():
+            found = split_folders(root)
+            for split, folder in found.items():
                 folders.setdefault(split, []).append(folder)
+            beside += outside(root, found.values())
         class_names = class_folders(folders["train"])
-        parts = {split: find_images(folders[split], class_names, split) for split in SPLITS if split in folders}
+        parts = {s: find_images(folders[s], class_names, s, passed_over) for s in SPLITS if s in folders}
     except OSError as error:
         raise DataError(f"{os.fsdecode(error.filename or roots[0])}: {error.strerror}") from None
     if name := class_of_one(class_names, parts):
         raise DataError(f"{folders['train'][0] / name} {TOO_FEW} or give a val/ folder")
+    if passed_over or beside:
+        say_once(f"{', '.join(map(str, roots))}: left out: {'; '.join(left_out(passed_over, beside))}")
     return class_names, parts
+
+
+def left_out(passed_over: Counter[str], beside: list[str]) -> Iterator[str]:
+    """In words, other files of the class folders, counted by ending, and what lies beside those folders."""
+    if passed_over:
+        kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in passed_over.most_common(5))
+        yield f"{passed_over.total()} other files in the class folders ({kinds})"
+    if beside:
+        yield f"{len(beside)} outside them ({', '.join(beside[:3])}{', ...' * (len(beside) > 3)})"
 
 
 def class_of_one(class_names: tuple[str, ...], listings: dict[str, Listing]) -> str | None:
@@ -74,6 +90,15 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return {split: folder / found[0] for split, found in matches.items() if found} or {"train": folder}
 
 
+def outside(root: Path, splits: Collection[Path]) -> list[str]:
+    """Images beside class folders, and what lies beside the folders of the splits: it belongs to no class."""
+    found = [] if root in splits else [f"{root / name}/" for name in subfolders(root) if root / name not in splits]
+    for folder in dict.fromkeys((root, *splits)):
+        with os.scandir(folder) as entries:
+            found += sorted(entry.path for entry in entries if is_image(entry))
+    return found
+
+
 def class_folders(folders: list[Path]) -> tuple[str, ...]:
     """Names of the classes that any of the folders has."""
     names = sorted({name for folder in folders for name in subfolders(folder)})
@@ -83,13 +108,14 @@ def class_folders(folders: list[Path]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def find_images(folders: list[Path], class_names: tuple[str, ...], split: str) -> Listing:
+def find_images(folders: list[Path], class_names: tuple[str, ...], split: str, passed_over: Counter[str]) -> Listing:
     """Image files of a split with their labels, sorted within each class and folder.
 
     Args:
         folders: The split's folders.
         class_names: The training split's classes.
         split: 'train', where every class needs an image, 'val' or 'test'.
+        passed_over: Counts the other files in the class folders, by ending.
     """
     for folder in folders:
         if unknown := set(subfolders(folder)) - set(class_names):
@@ -99,7 +125,7 @@ def find_images(folders: list[Path], class_names: tuple[str, ...], split: str) -
     labels: list[int] = []
     for label, class_name in enumerate(class_names):
         insides = [Path(class_name)] if len(folders) == 1 else [folder / class_name for folder in folders]
-        of_class = [os.path.join(inside, name) for inside in insides for name in sorted(image_names(base / inside))]
+        of_class = [os.path.join(i, name) for i in insides for name in sorted(image_names(base / i, passed_over))]
         if not of_class and split == "train":
             kinds = ", ".join(sorted(SUFFIXES))
             raise DataError(f"{folders[0] / class_name} has no images ({kinds}): add some or remove the folder")
@@ -110,7 +136,7 @@ def find_images(folders: list[Path], class_names: tuple[str, ...], split: str) -
     return str(base), np.array(names), torch.tensor(labels)
 
 
-def image_names(folder: Path) -> list[str]:
+def image_names(folder: Path, passed_over: Counter[str]) -> list[str]:
     """Paths of all image files below a folder, relative to it; links are followed, hidden files and folders are not."""
     found: list[str] = []
     seen: set[str] = set()
@@ -127,9 +153,17 @@ def image_names(folder: Path) -> list[str]:
                     continue
                 if entry.is_dir():
                     waiting.append(os.path.join(inside, entry.name))
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                elif is_image(entry):
                     found.append(os.path.join(inside, entry.name))
+                else:
+                    passed_over[os.path.splitext(entry.name)[1].lower()] += 1
     return found
+
+
+def is_image(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file called like an image; a link to nowhere is, and opening it will say so."""
+    kind = entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+    return kind and not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in SUFFIXES
 
 
 # ---- tables of labels -----------------------------------------------------------------------------------------------

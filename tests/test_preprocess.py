@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from torchvision.transforms.v2.functional import center_crop, normalize, pil_to_tensor
 
 from benchmarks.predict_robust import mutations
-from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
+from vit.preprocess import FORMATS, SUFFIXES, ImageError, Preprocess, open_image
 
 PREPROCESS = Preprocess(image_size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -147,6 +147,10 @@ def test_colours_go_by_the_profile():
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_folders_are_searched_for_all_endings_of_the_formats():
+    assert {ending for ending, format in Image.registered_extensions().items() if format in FORMATS} <= SUFFIXES
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -180,6 +180,33 @@ def test_nested_files_count_and_others_do_not(tmp_path, load):
     assert colours(source.train)[1] == (7, 7)
 
 
+def test_what_is_left_out_is_said_in_one_line(tmp_path, load, capsys):
+    folder = make(tmp_path / "x", a=2, b=2)
+    load(folder)
+    assert capsys.readouterr().err == ""
+    for name in ("a/0.heic", "b/1.HEIC", "b/LICENSE", "loose.png", "labels.csv", "b/.DS_Store"):
+        (folder / name).touch()
+    load(folder)
+    said = f"3 other files in the class folders (.heic 2, without ending 1); 1 outside them ({folder}/loose.png)"
+    assert capsys.readouterr().err == f"{folder}: left out: {said}\n"
+    load(folder)
+    assert capsys.readouterr().err == ""  # once
+
+
+def test_what_lies_beside_the_splits_is_said(tmp_path, load, capsys):
+    folder = make(tmp_path / "x", train__a=2, train__b=2, test__a=1, more__a=2)
+    (folder / "train" / "loose.jpg").touch()
+    load(folder)
+    assert capsys.readouterr().err == f"{folder}: left out: 2 outside them ({folder}/more/, {folder}/train/loose.jpg)\n"
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe"])
+def test_other_endings_of_jpeg_are_read(tmp_path, load, suffix):
+    folder = make(tmp_path / "x", a=2, b=2)
+    Image.new("RGB", SIZE).save(folder / "b" / f"2{suffix}", "JPEG")
+    assert len(load(folder).train) == 5
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path, load):
     make(tmp_path / "elsewhere", more=2)
     folder = make(tmp_path / "x", a=1, b=2)

@@ -21,8 +21,12 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+SUFFIXES = frozenset(  # all that Pillow knows of these formats; by them folders are searched
+    f".{ending}"
+    for ending in (
+        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm", "pfm", "avif", "avifs"),
+    )
 )
 MODES = {1: "L", 3: "RGB"}
 DRAFT_GAP = 2  # source pixels left for each target pixel when a JPEG is decoded at a reduced size
