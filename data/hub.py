@@ -6,6 +6,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -286,12 +287,14 @@ def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored
             split: create_dataset(f"torch/{name}", root=str(root), split=theirs, download=True)
             for split, theirs in (("train", "train"), ("test" if name in TEST else "val", "validation"))
         }
-        class_names = tuple(c[0] if isinstance(c, tuple) else str(c) for c in found["train"].classes)
+        names = [c[0] if isinstance(c, tuple) else str(c) for c in found["train"].classes]
         labels = {split: torch.as_tensor(part.targets, dtype=torch.int64) for split, part in found.items()}
     except Exception as error:  # no network, no such name (an AssertionError), wrong checksum
         raise DataError(f"torch/{name}: cannot be had ({one_line(error)})") from None
     if any(part.ndim != 1 for part in labels.values()):  # QMNIST's say who wrote the digit too
         labels = {split: part[:, 0] for split, part in labels.items()}
+    often = Counter(names)  # of ImageNet two are called crane
+    class_names = tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
     return class_names, {
         split: (ItemImage(part), labels[split], f"torch/{name} {split} {len(part)}") for split, part in found.items()
     }

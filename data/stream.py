@@ -333,8 +333,7 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
     splits, lengths = read_info(folder) or (find_tars(folder), {})
     files = [path for paths in splits.values() for path in paths]
     listed = folder / "classes.txt"
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    class_names = tuple(line.strip() for line in lines if line.strip())
+    class_names = read_classes(listed) if listed.exists() else ()
     if not class_names or any(path not in lengths for path in files):
         lengths, classes = count_tars(files, cache / f"wds_{folder.resolve().name}")
         class_names = class_names or tuple(map(str, range(classes)))
@@ -342,6 +341,20 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
             raise DataError(f"{listed} has {len(class_names)} names, but there is a class number {classes - 1}")
     shards = {s: TarShards(files=tuple(p), lengths=tuple(lengths[file] for file in p)) for s, p in splits.items()}
     return class_names, shards
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names, one a line, in the order of the class numbers."""
+    lines: dict[str, int] = {}
+    for number, line in enumerate(path.read_text().rstrip().splitlines(), 1):
+        name = line.strip()
+        if not name:  # dropped, it would shift the names below it
+            raise DataError(f"{path}: line {number} is empty, but each line is the name of a class: fill or remove it")
+        if name in lines:
+            where = f"lines {lines[name]} and {number}"
+            raise DataError(f"{path}: {where} are both {name!r}: tell them apart, as in 'crane (bird)'")
+        lines[name] = number
+    return tuple(lines)
 
 
 def read_info(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]] | None:

@@ -272,6 +272,14 @@ def test_class_names_that_do_not_match(path):
     assert refusal(path) == "its class names are not a list of texts"
 
 
+def test_a_class_name_is_there_once(path):
+    """Scores are kept by name: of two of one name one would be lost."""
+    with pytest.raises(CheckpointError, match=r"^class name 'cat' is there twice: tell them apart"):
+        replace(ABOUT, class_names=("cat", "dog", "cat"))
+    rewrite(path, class_names=["cat", "dog", "cat"])  # as older versions wrote them
+    assert load_checkpoint(path)[1].class_names == ("cat (0)", "dog", "cat (2)")
+
+
 def test_channels_that_do_not_match(path):
     rewrite(path, preprocess=asdict(replace(ABOUT.preprocess, mean=(0.5,), std=(0.2,))))
     assert refusal(path) == "1 channel means for 3 channels"

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +151,13 @@ def test_imagenet_labels_are_names_and_each_names_one_class():
     assert len(set(labels)) == 1000
     assert labels[0] == "tench, Tinca tinca"
     assert [label for label in labels if label.startswith("crane (")] == ["crane (n02012849)", "crane (n03126707)"]
+
+
+def test_labels_that_a_timm_model_carries_twice_are_told_apart():
+    model = SimpleNamespace(num_classes=3, pretrained_cfg={"label_names": ["crane", "dog", "crane"]})
+    assert len(set(labels_of(model))) == 3
+    model.pretrained_cfg["label_descriptions"] = {"crane": "a bird or a machine"}
+    assert len(set(labels_of(model))) == 3
 
 
 def test_predictor_from_timm_classifies_and_explains(tmp_path):

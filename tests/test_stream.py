@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import train
 from data.datamodule import ImageDataModule, StreamBatches
+from data.hub import load_torch
 from data.sources import DataError, load_source
 from data.stream import Sample, Stream, StreamDataset, StreamOrder, TarShards, even, find_tars, load_tars, shuffled
 from vit.checkpoint import load_checkpoint
@@ -217,6 +219,21 @@ def test_class_names_come_from_the_source(tmp_path, shards):
     (shards / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(DataError, match=r"classes.txt has 2 names, but there is a class number 2"):
         load_source(f"wds/{shards}", root=tmp_path / "root", image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat\n\ndog\nred fox\n", "classes.txt: line 2 is empty, but each line is the name of a class: fill or remove"),
+        ("crane\ndog\n crane\n", "classes.txt: lines 1 and 3 are both 'crane': tell them apart, as in 'crane (bird)'"),
+    ],
+)
+def test_class_names_that_would_shift_or_merge_classes_are_refused(tmp_path, shards, text, message):
+    (shards / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_tars(shards, tmp_path)
+    (shards / "classes.txt").write_text("cat\ndog\nred fox\n\n\n")  # empty lines at the end are no classes
+    assert load_tars(shards, tmp_path)[0] == ("cat", "dog", "red fox")
 
 
 def test_timms_info_gives_the_splits_and_saves_the_count(tmp_path, shards, monkeypatch):
@@ -514,6 +531,14 @@ def test_torchvision_sets_by_timms_name(options):
     assert source.train.labels.tolist() == [i % 3 for i in range(9)]
     assert source.test.images[:, 0, 5, 5].tolist() == [100, 101, 102, 103]
     assert source.val is None
+
+
+def test_torchvisions_names_that_are_there_twice_are_told_apart(options, monkeypatch):
+    class Part(list):
+        classes, targets = [("crane",), ("dog", "hound"), ("crane",)], [0, 1, 2]
+
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", lambda *_, **__: Part())
+    assert load_torch("imagenet", options["root"])[0] == ("crane (0)", "dog", "crane (2)")
 
 
 def test_unknown_torchvision_set_is_one_line(options):

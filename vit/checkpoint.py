@@ -8,6 +8,8 @@ import json
 import math
 import os
 import uuid
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,9 @@ class Checkpoint:
         temperature: Divides the logits before the softmax, so that scores are honest (Guo et al. 2017, 1706.04599).
         metrics: Measured figures by name, such as ``val/acc``.
         training: How it was trained: data set, steps, versions.
+
+    Raises:
+        CheckpointError: If a class name is there twice: of what is kept by name, such as scores, one would be lost.
     """
 
     architecture: dict[str, Any]
@@ -48,6 +53,16 @@ class Checkpoint:
     temperature: float = 1.0
     metrics: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if twice := [name for name, times in Counter(self.class_names).items() if times > 1]:
+            raise CheckpointError(f"class name {twice[0]!r} is there twice: tell them apart, as in 'crane (bird)'")
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, those that are there more than once with their number."""
+    often = Counter(names)
+    return tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
 def save_checkpoint(
@@ -140,7 +155,8 @@ def _description(raw: dict[str, Any]) -> Checkpoint:
     names = raw.pop("class_names")
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise CheckpointError("its class names are not a list of texts")
-    about = Checkpoint(architecture=architecture, class_names=tuple(names), preprocess=preprocess, **raw)
+    names = distinct(names)  # older versions wrote some twice
+    about = Checkpoint(architecture=architecture, class_names=names, preprocess=preprocess, **raw)
     if not (math.isfinite(about.temperature) and about.temperature > 0):
         raise CheckpointError(f"its temperature must be above 0, got {about.temperature}")
     return about

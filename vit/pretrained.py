@@ -24,7 +24,7 @@ from timm.models import adapt_input_conv
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from vit.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from vit.checkpoint import Checkpoint, CheckpointError, distinct, load_checkpoint
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 
@@ -242,7 +242,8 @@ def labels_of(theirs: Any) -> tuple[str, ...]:
         return tuple(str(i) for i in range(count))
     texts = [str(described.get(name, name)) for name in names]
     often = Counter(texts)  # a label must name one class: ImageNet has two kinds of crane
-    return tuple(text if often[text] == 1 else f"{text} ({name})" for text, name in zip(texts, names, strict=True))
+    marked = [text if often[text] == 1 else f"{text} ({name})" for text, name in zip(texts, names, strict=True)]
+    return distinct(marked)  # for names that are carried may be there twice themselves
 
 
 # ---- fitting it to new data ----------------------------------------------------------------------------------------
