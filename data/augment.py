@@ -36,8 +36,8 @@ class Augment:
         color: Largest change of brightness (in standard deviations), contrast and saturation (as shares), in [0, 1).
         erase: Probability that a square of up to half the side is blanked, in [0, 1] (1708.04552).
         crop: Smallest part that a random crop keeps, as a share of the area in (0, 1]; its sides are stretched by up to
-            4/3 against each other, and it is resized to the whole image (1409.4842). 0.35 and above suit small sets; 0:
-            no crop.
+            4/3 against each other, as far as they fit, and it is resized to the whole image (1409.4842). 0.35 and above
+            suit small sets; 0: no crop.
         policy: Probability of one change more, of random strength, drawn from ``CHANGES``, in [0, 1] (TrivialAugment,
             2103.10158, without equalize).
         mixup: Probability that an image is blended with another, in any proportion, and so its label, in [0, 1]
@@ -161,8 +161,10 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
 def crops(draws: Tensor, smallest: float) -> Tensor:
     """Affine maps (B, 2, 3) that enlarge a part of at least this share of the area, from uniform draws (B, 4)."""
     area = smallest + (1 - smallest) * draws[:, 0]
+    side = area.sqrt()
     stretch = ((2 * draws[:, 1] - 1) * (math.log(4 / 3) / 2)).exp()  # square root of width / height
-    sides = torch.stack([area.sqrt() * stretch, area.sqrt() / stretch], 1).clamp(max=1)  # shares of width and height
+    stretch = stretch.clamp(side, 1 / side)  # no side is longer than the image's, and the area stays what was drawn
+    sides = torch.stack([side * stretch, side / stretch], 1).clamp(max=1)  # of width and height; max: rounding
     shifts = (2 * draws[:, 2:4] - 1) * (1 - sides)
     return torch.cat([torch.diag_embed(sides), shifts[:, :, None]], 2)
 

@@ -272,7 +272,7 @@ def test_crops_lie_inside_and_have_their_area_and_shape():
     assert corners.abs().max() <= 1 + 1e-6
     sides = corners[:, 2] - corners[:, 0]
     area, shape = (sides / 2).prod(1), sides[:, 0] / sides[:, 1]
-    whole = (sides > 2 - 1e-6).any(1)  # a stretched part that is larger than the image is cut off
+    whole = (sides > 2 - 1e-6).any(1)  # of a part that would be longer than the image the stretch is limited
     assert stats.kstest(area[~whole & (area < 0.7)].numpy(), stats.uniform(0.3, 0.4).cdf).pvalue > 1e-3
     assert 0.3 - 1e-6 <= area.min() < 0.31
     assert 3 / 4 - 1e-6 <= shape.min() < 0.77
@@ -281,6 +281,28 @@ def test_crops_lie_inside_and_have_their_area_and_shape():
     where = (corners[:, 0] + 1) / 2 / spare.clamp(min=1e-9)  # of the room there is, as a share
     assert stats.kstest(where[~whole].flatten().numpy(), "uniform").pvalue > 1e-3
     assert abs(shape.log().mean()) < 4 * shape.log().std() / len(shape) ** 0.5
+
+
+@pytest.mark.parametrize("smallest", [0.08, 0.35, 0.9, 1.0])
+def test_crops_keep_the_area_that_was_drawn(smallest):
+    """Also where the stretch would make a side longer than the image's; where it does not, nothing limits it."""
+    uniform = draws(4)
+    sides = crops(uniform, smallest)[:, [0, 1], [0, 1]]
+    area = smallest + (1 - smallest) * uniform[:, 0]
+    assert sides.max() <= 1
+    assert sides.prod(1).min() >= smallest - 1e-6
+    torch.testing.assert_close(sides.prod(1), area, rtol=0, atol=1e-6)
+    stretch = (4 / 3) ** (uniform[:, 1] - 0.5)
+    free = torch.stack([area.sqrt() * stretch, area.sqrt() / stretch], 1)
+    fits = (free <= 1).all(1)
+    torch.testing.assert_close(sides[fits], free[fits], rtol=0, atol=1e-6)
+    assert (sides[~fits] > 1 - 1e-6).any(1).all()
+
+
+def test_a_crop_that_keeps_the_whole_area_changes_nothing():
+    whole = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    matrices = crops(draws(4), 1.0)
+    assert torch.equal(matrices, whole.expand_as(matrices))
 
 
 def test_a_crop_is_what_torchvision_resizes():
