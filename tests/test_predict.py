@@ -367,7 +367,8 @@ def test_resuming_refuses_other_images_and_other_options(run, images, tmp_path):
     code, _, err = run(*options, "--top-k", 2, "--resume")
     assert code == 2
     assert "other weights, options or machine" in err
-    assert (tmp_path / "out.jsonl.partial").read_bytes() == whole
+    assert out.read_bytes() == whole
+    assert not (tmp_path / "out.jsonl.partial").exists()
 
 
 def test_a_reader_that_goes_away(checkpoint, images):

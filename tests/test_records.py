@@ -119,6 +119,56 @@ def test_records_of_another_kind_are_not_gone_on_with(name, text, tmp_path):
     assert (tmp_path / "out.partial").read_text() == text
 
 
+FOREIGN = [
+    ("jsonl", '{"a": 1}\n'), ("jsonl", '{"path": 1}\n'), ("jsonl", '{"path": "a.png"}\n'), ("jsonl", "no end of line"),
+    ("csv", "path,x\na,b\n"), ("csv", "x"), ("csv", 'x,"y'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), FOREIGN)
+def test_a_finished_file_that_is_not_gone_on_with_stays(name, text, tmp_path):
+    path = tmp_path / "out"
+    path.write_text(text)
+    output = Output(str(path), FORMATS[name](), resume=True)
+    with pytest.raises(OutputError, match=r"out: not the records of such a run .*; run without --resume"):
+        list(output.kept())
+    output.close()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"out": text}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_finished_file_is_whole_at_every_moment_of_going_on(name, tmp_path):
+    path, partial, whole = tmp_path / "out", tmp_path / "out.partial", written(FORMATS[name]())
+    path.write_bytes(before := written(FORMATS[name](), RECORDS[:2]))
+    output = Output(str(path), FORMATS[name](), resume=True)
+    assert len(list(output.kept())) == 2
+    output.start()
+    with pytest.raises(OutputError, match="out: another run is writing it"):
+        Output(str(path), FORMATS[name](), resume=True)
+    assert path.read_bytes() == before  # until there is more to it
+    output.write(RECORDS[2])
+    assert not path.exists()
+    assert partial.read_bytes() == whole
+    with pytest.raises(OutputError, match="out: another run is writing it"):
+        Output(str(path), FORMATS[name]())
+    output.finish()
+    output.close()
+    assert path.read_bytes() == whole
+    assert not partial.exists()
+
+
+def test_a_finished_file_does_not_replace_what_another_run_has_begun(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(before := written(JsonLines(), RECORDS[:1]))
+    output, other = Output(str(path), JsonLines(), resume=True), Output(str(path), JsonLines())
+    assert len(list(output.kept())) == 1
+    with pytest.raises(OutputError, match="out: another run is writing it"):
+        output.write(RECORDS[1])
+    output.close()
+    other.close()
+    assert path.read_bytes() == before
+
+
 def test_a_disk_that_fills_up_is_named_and_gone_on_with(tmp_path):
     whole, path = written(JsonLines()), tmp_path / "out.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

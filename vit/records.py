@@ -233,7 +233,8 @@ class Output:
     """Where records go: standard output, or a file that is either the old one or the whole new one.
 
     While a run goes on its records are in ``FILE.partial``, each written whole and at once; the last step renames it.
-    What a killed run leaves there is gone on with by ``resume``.
+    What a killed run leaves there is gone on with by ``resume``; so is a finished FILE, which becomes FILE.partial only
+    when a record is added, so that a run which is refused leaves it as it was.
 
     Args:
         path: The file; none for standard output.
@@ -259,9 +260,8 @@ class Output:
     def _open(self, path: Path, resume: bool) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.partial = path.with_name(path.name + PARTIAL)
-        if resume and not self.partial.exists() and path.exists():
-            os.replace(path, self.partial)
-        descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self.current = path if resume and not self.partial.exists() and path.exists() else self.partial
+        descriptor = os.open(self.current, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -279,17 +279,18 @@ class Output:
             return
         size = len(self.format.start())
         try:
-            with open(self.partial, "rb") as file:
+            with open(self.current, "rb") as file:
                 for record, data in self.format.read(file):  # type: ignore[attr-defined]
-                    _ = record["path"]
+                    _ = shown(record["path"]), "error" in record or record["predictions"][0]["label"]
                     size += len(data)
                     yield record, data
-        except (ValueError, KeyError, TypeError) as error:
-            text = f"{self.partial}: not the records of such a run ({error}); run without --resume to start again"
+            there = os.fstat(self.descriptor).st_size
+            if self.current == self.path and 0 < there != size:
+                raise ValueError("it ends within one")  # which no finished file does: nothing of it is cut off
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            text = f"{self.current}: not the records of such a run ({error}); run without --resume to start again"
             raise OutputError(text) from error
-        if os.fstat(self.descriptor).st_size < len(self.format.start()):
-            size = 0
-        os.ftruncate(self.descriptor, size)
+        os.ftruncate(self.descriptor, size if there >= len(self.format.start()) else 0)
 
     def start(self) -> None:
         """Write what stands before the first record, unless it is there."""
@@ -309,6 +310,11 @@ class Output:
         # One system call a record, no buffer: what a killed process leaves are whole records, and a reader of a pipe
         # sees each one at once.
         try:
+            if data and self.path is not None and self.current == self.path:
+                if self.partial.exists():
+                    raise OutputError(f"{self.path}: another run is writing it")
+                os.replace(self.path, self.partial)
+                self.current = self.partial
             while data:
                 data = data[os.write(self.descriptor, data) :]
         except BrokenPipeError:
@@ -322,7 +328,7 @@ class Output:
         if self.path is not None:
             try:
                 os.fsync(self.descriptor)
-                os.replace(self.partial, self.path)
+                os.replace(self.current, self.path)
             except OSError as error:
                 raise OutputError(f"{self.name}: {error.strerror}") from error
 

@@ -271,7 +271,7 @@ def resumed(
         for item, (record, _) in zip(batch, records, strict=False):
             if shown(path_of(item)) != shown(record["path"]):
                 raise OutputError(
-                    f"{output.name}: its unfinished records have {shown(record['path'])} where the images now have "
+                    f"{output.name}: its records have {shown(record['path'])} where the images now have "
                     f"{shown(path_of(item))}; run without --resume to start again"
                 )
             summary.add(record)
