@@ -371,6 +371,19 @@ def test_resuming_refuses_other_images_and_other_options(run, images, tmp_path):
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_unfinished_records_are_not_discarded_without_a_word(ending, run, images, tmp_path):
+    out, partial = tmp_path / f"out.{ending}", tmp_path / f"out.{ending}.partial"
+    partial.write_text("unfinished")
+    code, _, err = run(images / "0/0.png", "--out", out)
+    said = f"predict.py: {partial}: the records of an unfinished run were discarded"
+    assert code == 0
+    assert err.splitlines()[0] == said + "; --resume would have gone on with them" * (ending == "csv")
+    assert not partial.exists()
+    partial.touch()  # nothing is lost with this one
+    assert "discarded" not in run(images / "0/0.png", "--out", out)[2]
+
+
 def test_a_reader_that_goes_away(checkpoint, images):
     text = f"{sys.executable} predict.py --checkpoint {checkpoint} '{images}/**' --batch-size 4 --format jsonl"
     result = subprocess.run(

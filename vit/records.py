@@ -248,6 +248,7 @@ class Output:
     def __init__(self, path: str | None, format: Format, *, resume: bool = False):
         self.name = path or "standard output"
         self.format = format
+        self.discarded = False  # whether an unfinished run's records have made room for this one's
         self.path = None if path is None or (os.path.exists(path) and not os.path.isfile(path)) else Path(path)
         try:
             if self.path is None:  # standard output, or a device such as /dev/null
@@ -270,6 +271,7 @@ class Output:
         except OSError:
             pass  # a file system without locks
         if not resume:
+            self.discarded = os.fstat(descriptor).st_size > 0
             os.ftruncate(descriptor, 0)
         return descriptor
 

@@ -120,6 +120,9 @@ def load_and_classify(options: argparse.Namespace) -> int:
     summary = Summary()
     try:
         output = Output(options.out, record_format(options, predictor), resume=options.resume)
+        if output.discarded:
+            hint = "; --resume would have gone on with them" if resumable(options) else ""
+            say(f"predict.py: {output.partial}: the records of an unfinished run were discarded{hint}")
         try:
             with engine(options, predictor) as work, progress(options, inputs) as advance:
                 classify(options, predictor, work, inputs, output, summary, advance)
@@ -166,8 +169,13 @@ def where(options: argparse.Namespace) -> str:
     """What became of the records so far."""
     if options.out is None:
         return ""
-    hint = "; --resume goes on" if options.format in ("jsonl", "csv") else ""
+    hint = "; --resume goes on" if resumable(options) else ""
     return f"; the records so far are in {options.out}.partial{hint}"
+
+
+def resumable(options: argparse.Namespace) -> bool:
+    """Whether --resume can go on with the records."""
+    return options.format in ("jsonl", "csv")
 
 
 def record_format(options: argparse.Namespace, predictor: "Predictor") -> "Format":
