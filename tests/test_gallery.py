@@ -31,6 +31,11 @@ from vit.rollout import CLASS_METHOD, attention_map, layer_attention
         ("new\nline.jpg", "new%0Aline.jpg.png"),
         ("100%.jpg", "100%25.jpg.png"),
         (os.fsdecode(b"\xff.jpg"), "%FF.jpg.png"),
+        ("sheet", "%73heet.png"),  # sheet.png is that of the first maps
+        ("./sheet-1-of-2", "%73heet-1-of-2.png"),
+        ("sheet.png/b.jpg", "%73heet.png/b.jpg.png"),
+        ("sheet.png", "sheet.png.png"),
+        ("a/sheet", "a/sheet.png"),
     ],
 )
 def test_names(path, name):

@@ -259,6 +259,37 @@ def test_maps_sheet_and_report(run, images, tmp_path):
     assert "class 3" in report.read_text("utf-8")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_gone_on_with_sheet_and_report_are_those_of_one_run(there, run, images, tmp_path, monkeypatch):
+    """They are of the first images, however many are recorded already; even if they were deleted meanwhile."""
+    monkeypatch.setattr("vit.gallery.SHEET", 6)
+    monkeypatch.setattr("vit.gallery.SURVEYED", 12)
+    monkeypatch.setattr("vit.survey.SURVEYED", 12)
+    out, sheet, report = tmp_path / "out.jsonl", tmp_path / "maps/sheet.png", tmp_path / "report.html"
+    wanted = ("--maps", tmp_path / "maps", "--report", report)[: None if there else 2]
+    options = (images / "0", images / "1", "--batch-size", 4, "--out", out, *wanted)
+    assert run(*options)[0] == 3
+    made = [file for file in (out, sheet, report) if file.exists()]
+    whole = [file.read_bytes() for file in made]
+    for kept in (40, 59, 80):  # between two batches, within one, and nothing left to do
+        if not there:
+            sheet.unlink()
+        out.rename(tmp_path / "out.jsonl.partial").write_bytes(b"".join(whole[0].splitlines(True)[:kept]))
+        code, _, err = run(*options, "--resume")
+        assert code == 3
+        assert "80 images in" in err
+        assert [file.read_bytes() for file in made] == whole
+
+
+def test_shards_have_a_sheet_each(run, images, tmp_path):
+    options = (images / "0", "--batch-size", 20, "--maps", tmp_path)
+    for part in ("1", "2"):
+        assert f"side by side in {tmp_path}/sheet-{part}-of-2.png" in run(*options, "--shard", f"{part}/2")[2]
+    first, second = (Image.open(tmp_path / f"sheet-{part}-of-2.png").tobytes() for part in (1, 2))
+    assert first != second
+    assert not (tmp_path / "sheet.png").exists()
+
+
 def test_score_maps_says_how_far_each_map_can_be_trusted(run, images, checkpoint, tmp_path):
     """The score of ``faithfulness`` for the very map, in every format that has room for it; a damaged file has none."""
     out = tmp_path / "scores.csv"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,11 +31,19 @@ def map_name(path: str) -> str:
     """Where an image's map goes inside the maps' folder: no two images share one, and none leads out of it.
 
     ``a/b.jpg`` gives ``a/b.jpg.png``. What no file name can safely hold becomes ``%XX``, as in addresses: control
-    characters, undecodable bytes, ``%`` itself, ``..``, and the slash that an absolute path begins with.
+    characters, undecodable bytes, ``%`` itself, ``..``, the slash that an absolute path begins with, and the ``s`` of
+    what would have the name of a sheet.
     """
     parts = [escaped(part) for part in path.split("/") if part not in ("", ".")]
     parts[-1] += ".png"
-    return "/".join(["%2F"] * path.startswith("/") + [_short(part) for part in parts])
+    name = "/".join(["%2F"] * path.startswith("/") + [_short(part) for part in parts])
+    return f"%73{name[1:]}" if re.match(r"sheet(-\d+-of-\d+)?\.png(/|$)", name) else name
+
+
+def sheet_name(shard: tuple[int, int]) -> str:
+    """The sheet's file inside the maps' folder: parts of a run that share the folder have one each."""
+    part, parts = shard
+    return f"sheet-{part}-of-{parts}.png" if parts > 1 else "sheet.png"
 
 
 def escaped(part: str) -> str:
@@ -63,12 +72,22 @@ class Gallery:
     Args:
         predictor: What made the maps; the report asks it more about its images.
         method: Name of the map method.
-        folder: Where to put a map for each image, and ``sheet.png``; none for no maps.
+        folder: Where to put a map for each image, and the sheet; none for no maps.
         report: HTML file to write; none for no report.
+        shard: Which part of the run this is, of how many.
     """
 
-    def __init__(self, predictor: Predictor, *, method: str, folder: str | None, report: str | None):
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        method: str,
+        folder: str | None,
+        report: str | None,
+        shard: tuple[int, int] = (1, 1),
+    ):
         self.predictor, self.method, self.folder, self.report = predictor, method, folder, report
+        self.sheet = sheet_name(shard)
         self.survey = Survey(predictor.class_names) if report else None
         self.limit = SURVEYED if report else SHEET  # of the first so many images something is kept until the end
         self.entries: list[dict[str, Any]] = []
@@ -113,7 +132,7 @@ class Gallery:
         """Write the sheet if it is full, and at the end what is not yet written."""
         if "sheet" in self.unwritten and self.entries and (end or len(self.entries) >= SHEET):
             self.unwritten.remove("sheet")
-            self._save(contact_sheet(self.entries[:SHEET]), f"{self.folder}/sheet.png")
+            self._save(contact_sheet(self.entries[:SHEET]), f"{self.folder}/{self.sheet}")
         if end and self.report and self.survey and self.survey.paths:
             view = self.survey.view()
             entries = explored(self.predictor, self.survey.chosen(view, REPORT), self.method)

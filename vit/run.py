@@ -146,7 +146,10 @@ def load_and_classify(options: argparse.Namespace) -> int:
         return USAGE
     summary.tell(inputs)
     if summary.classified and options.maps:
-        say(f"  maps: {options.maps}, the first of them side by side in {os.path.join(options.maps, 'sheet.png')}")
+        from vit.gallery import sheet_name
+
+        sheet = os.path.join(options.maps, sheet_name(options.shard))
+        say(f"  maps: {options.maps}, the first of them side by side in {sheet}")
     if summary.classified and options.report:
         say(f"  page: {options.report}")
     if not summary.failed and (summary.classified or options.shard[1] > 1):
@@ -228,12 +231,14 @@ def classify(
     if options.maps or options.report:
         from vit.gallery import Gallery
 
-        gallery = Gallery(predictor, method=options.method, folder=options.maps, report=options.report)
+        gallery = Gallery(
+            predictor, method=options.method, folder=options.maps, report=options.report, shard=options.shard
+        )
     part, parts = options.shard
     pieces = islice(batches(inputs, options.batch_size or work.batch_size), part - 1, None, parts)
     again: list[bytes] = []  # records that are there already and are made once more, to see that they are the same
     if options.resume:
-        pieces, again = resumed(pieces, output, summary, rerun_below=gallery.limit if gallery else 0)
+        pieces, again = resumed(pieces, output, summary, rerun_first=gallery.limit if gallery else 0)
     output.start()
     advance(summary.resumed - len(again))
     done = 0
@@ -259,23 +264,28 @@ def classify(
 
 
 def resumed(
-    pieces: "Iterator[list[Item]]", output: "Output", summary: "Summary", *, rerun_below: int
+    pieces: "Iterator[list[Item]]", output: "Output", summary: "Summary", *, rerun_first: int
 ) -> "tuple[Iterator[list[Item]], list[bytes]]":
-    """The batches that are still to do, from the last recorded one on, and the records that are there of those.
+    """The batches that are to do, and the records that are there of those: the first ones, and from the last recorded.
 
     Args:
         pieces: All batches.
         output: Holds the records so far; their paths must be those of the inputs.
         summary: Counts them.
-        rerun_below: With fewer classified images than this, all are run again: the sheet needs them.
+        rerun_first: Of so many classified images the batches are run again: the sheet and the report are of them.
     """
     from vit.records import OutputError, shown
 
     kept = output.kept()
     todo: list[list[Item]] = []
     again: list[bytes] = []
+    first = 0, 0  # how many of each are to stay
     for batch in pieces:
         records = list(islice(kept, len(batch)))
+        if summary.classified < rerun_first:
+            first = len(todo) + 1, len(again) + len(records)
+        elif records:
+            del todo[first[0] :], again[first[1] :]
         for item, (record, _) in zip(batch, records, strict=False):
             if shown(path_of(item)) != shown(record["path"]):
                 raise OutputError(
@@ -284,8 +294,6 @@ def resumed(
                 )
             summary.add(record)
             summary.resumed += 1
-        if records and summary.classified > rerun_below:
-            todo, again = [], []
         todo.append(batch)
         again += [data for _, data in records]
         if len(records) < len(batch):
