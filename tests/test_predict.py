@@ -198,6 +198,7 @@ def test_exit_codes(run, images, tmp_path):
         (["a", "--format", "xml"], "invalid choice: 'xml'"),
         (["a", "--checkpoint", "/nowhere/model.safetensors"], "/nowhere/model.safetensors: no such checkpoint file"),
         (["a", "--device", "gpu"], "no device 'gpu'"),
+        (["a", "--device", "meta"], "device 'meta' cannot be used"),
         (["a", "--out", "/dev/full"], "/dev/full: No space left on device"),
         (["a", "--out", "/proc/no/file"], "/proc/no/file: No such file or directory"),
     ],

@@ -213,6 +213,8 @@ def test_what_cannot_be_built_is_said_in_one_line(tmp_path, monkeypatch):
     for options, message in {
         ("device", "gpu"): "no device 'gpu'",
         ("device", "cuda:77"): "device 'cuda:77' cannot be used",
+        ("device", "meta"): "device 'meta' cannot be used: .*; use auto, cpu, cuda",  # takes models, computes nothing
+        ("device", "hpu"): "device 'hpu' cannot be used: .*; use auto, cpu, cuda",  # belongs to a package of its own
         ("precision", "int3"): "precision must be auto, float32 or bfloat16, got 'int3'",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:

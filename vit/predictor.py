@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "weights" / "cifar10.safetensors"
 BATCH_SIZE = {"cpu": 64, "cuda": 256}
+DEVICES = "use auto, cpu, cuda or cuda:NUMBER"
 AHEAD = 2  # batches that are decoded while one is computed
 # Where bfloat16 leaves the first two classes closer than this, in logits or in standard deviations of the logits
 # if those are larger, float32 decides. The largest lead that it turned round in 10,000 CIFAR-10 images was 0.033.
@@ -133,9 +134,11 @@ class Predictor:
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
         self.device = _device(device)
         try:
+            torch.zeros(1, device=self.device).tolist()  # "meta" takes models, but gives no number back
             self.model = model.to(self.device).eval()
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].split(". ")[0].rstrip(".!")  # some lines are a screenful
+            raise ValueError(f"device {device!r} cannot be used: {reason}; {DEVICES}") from error
         self.about, self.preprocess = about, about.preprocess
         _ = self.preprocess.mode  # refuses other numbers of channels
         self.class_names = about.class_names
@@ -435,7 +438,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"no device {name!r}; use auto, cpu, cuda or cuda:NUMBER") from error
+        raise ValueError(f"no device {name!r}; {DEVICES}") from error
 
 
 def _has_bfloat16(device: torch.device) -> bool:
