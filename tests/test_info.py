@@ -1,5 +1,8 @@
 """The figures of a model against arithmetic done by hand, and what the command prints."""
 
+import io
+import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -44,6 +47,21 @@ def test_command_says_what_there_is(tmp_path, capsys):
     text = capsys.readouterr().out
     parameters = sum(p.numel() for p in model.parameters())
     for expected in (f"{parameters:,}", "4 x 6 patches + 1", "kind 4", "8 x 12", "bilinear", "0.875", "1.7", "val/acc"):
+        assert expected in text
+
+
+def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
+    """A class may be called what looks like markup, or by bytes in no valid encoding; so may the file."""
+    model, about = made()
+    names = ("cat", "[red]", "[/x]", os.fsdecode(b"caf\xe9"), "back\\")
+    about = replace(about, class_names=names, metrics={"[val]": 0.5})
+    path = save_checkpoint(tmp_path / "[b]model.safetensors", model.state_dict(), about)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file := io.BytesIO(), encoding="utf-8", errors="strict"))
+    monkeypatch.setenv("COLUMNS", "300")
+    assert info.main([str(path)]) == 0
+    sys.stdout.flush()
+    text = file.getvalue().decode().replace("\n", "")
+    for expected in ("[red], [/x], caf\\udce9, back\\ ", "[val]", "[b]model.safetensors"):
         assert expected in text
 
 

@@ -222,6 +222,24 @@ def test_classes_threshold_and_top_k(run, images):
     assert f"{sum(unsure)} unsure" in err
 
 
+def test_a_class_whose_folder_is_no_valid_text(images, tmp_path, monkeypatch):
+    """Is called by its escapes wherever it is shown: no byte that a folder may have ends a run."""
+    model = VisionTransformer(image_size=16, patch_size=8, num_classes=2, embed_dim=32, depth=1, num_heads=2)
+    preprocess = Preprocess(image_size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+    names = (os.fsdecode(b"caf\xe9"), os.fsdecode(b"\xff"))
+    about = Checkpoint(architecture=model.architecture, class_names=names, preprocess=preprocess)
+    checkpoint = save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), about)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file := io.BytesIO(), encoding="utf-8", errors="strict"))
+    common = ["--checkpoint", str(checkpoint), "--device", "cpu"]
+    assert predict.main([*common, "--classes"]) == 0
+    assert file.getvalue() == b"caf\\udce9\n\\udcff\n"
+    wanted = ["--maps", str(tmp_path / "maps"), "--report", str(tmp_path / "report.html")]
+    for ending in ("table", "json", "jsonl", "csv", "parquet"):
+        out = tmp_path / f"out.{ending}"
+        assert predict.main([*common, str(images / "0/0.png"), "--out", str(out), *wanted]) == 0
+        assert b"caf\\udce9" in out.read_bytes()
+
+
 @pytest.mark.parametrize("ending", [b"\n", b"\0"])
 def test_paths_on_standard_input(ending, run, images, monkeypatch):
     paths = [path for path in sorted(os.listdir(os.fsencode(images / "1")))]

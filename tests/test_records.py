@@ -54,6 +54,17 @@ def test_parquet_is_read_by_pyarrow(monkeypatch):
     assert [row["unsure"] for row in rows] == [True, None, False]
 
 
+@pytest.mark.parametrize("format", [Csv, Parquet])
+def test_columns_take_a_label_that_is_no_valid_text(format):
+    label = os.fsdecode(b"caf\xe9")
+    data = written(format(1), [{"path": "a.png", "predictions": [{"label": label, "score": 0.5}]}])
+    if format is Csv:
+        assert data.decode().splitlines()[1] == "a.png,caf\\udce9,0.500000,"
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        assert parquet.read_table(io.BytesIO(data)).column("label_1").to_pylist() == ["caf\\udce9"]
+
+
 def test_table_lets_no_name_move_the_terminal():
     text = written(Table(("cat", "dog"))).decode()
     assert text.count("\n") == len(RECORDS)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit.checkpoint import Checkpoint, CheckpointError
 from vit.model import VisionTransformer
+from vit.records import shown
 
 SHOWN = 12  # class names that are listed
 
@@ -58,6 +60,11 @@ def facts(model: VisionTransformer, about: Checkpoint) -> dict[str, dict[str, An
     return {name: section for name, section in sections.items() if section}
 
 
+def plain(text: str) -> Text:
+    """Text that Rich prints as it is: a class may be called ``[red]``, or by bytes in no valid encoding."""
+    return Text(shown(text))
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command line; 0, or 2 if there is no such checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m vit.info", description=__doc__)
@@ -72,10 +79,11 @@ def main(args: list[str] | None = None) -> int:
         return 2
     path = Path(options.checkpoint)
     size = f" ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else ""
-    table = Table(title=f"{options.checkpoint}{size}", show_header=False, title_justify="left")
+    table = Table(title=plain(f"{options.checkpoint}{size}"), show_header=False, title_justify="left")
     for section, rows in facts(model, about).items():
         for i, (name, value) in enumerate(rows.items()):
-            table.add_row("" if i else f"[bold]{section}", name, str(value), end_section=i == len(rows) - 1)
+            head = "" if i else f"[bold]{section}"
+            table.add_row(head, plain(name), plain(str(value)), end_section=i == len(rows) - 1)
     Console().print(table)
     return 0
 

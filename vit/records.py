@@ -22,9 +22,9 @@ class OutputError(ValueError):
     """Records that cannot be written or gone on with; the message is one line that names the file."""
 
 
-def shown(path: str) -> str:
-    """A path as valid text: bytes in no valid encoding as ``\\udcXX``, as JSON writes them."""
-    return path.encode("utf-8", "backslashreplace").decode()
+def shown(name: str) -> str:
+    """The name of a file or a class as valid text: bytes in no valid encoding as ``\\udcXX``, as JSON writes them."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def printable(text: str) -> str:
@@ -94,7 +94,8 @@ class Csv:
         """Values of the columns."""
         cells: list[Any] = [value for p in record.get("predictions", ()) for value in (p["label"], p["score"])]
         cells += [None] * (2 * self.top_k - len(cells))
-        return [shown(record["path"]), *cells, record.get("error"), *(record.get(name) for name in self.extra)]
+        row = [record["path"], *cells, record.get("error"), *(record.get(name) for name in self.extra)]
+        return [shown(cell) if isinstance(cell, str) else cell for cell in row]
 
     def start(self) -> bytes:
         return self._line(self.columns)

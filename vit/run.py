@@ -159,8 +159,10 @@ def load_and_classify(options: argparse.Namespace) -> int:
 
 def write_classes(names: tuple[str, ...]) -> int:
     """A name a line to standard output; the exit code."""
+    from vit.records import shown
+
     try:
-        sys.stdout.write("".join(f"{name}\n" for name in names))
+        sys.stdout.write("".join(f"{shown(name)}\n" for name in names))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
