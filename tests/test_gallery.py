@@ -17,6 +17,7 @@ from vit.gallery import NAME_MAX, Gallery, explored, map_name
 from vit.model import VisionTransformer
 from vit.predictor import Predictor
 from vit.preprocess import Preprocess
+from vit.records import OutputError
 from vit.rollout import CLASS_METHOD, attention_map, layer_attention
 
 
@@ -143,6 +144,16 @@ def test_report_of_a_run(predictor, paths, tmp_path, monkeypatch):
         assert 0 <= view["images"] - labels.count(view["name"]) <= 1  # the one that is gone counts
         assert view["shares"]["border"]["even"] == pytest.approx(16 / 24)
     assert {"border", "hint"} <= set(page["definitions"])
+
+
+def test_a_report_that_cannot_be_written_is_said_before_any_work(predictor, tmp_path):
+    """And one that is there stays until the new one is written."""
+    (page := tmp_path / "page.html").write_text("old")
+    for report, reason in ((page / "r.html", "Not a directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(OutputError, match=f"^{report}: {reason}$"):
+            Gallery(predictor, method="rollout", folder=None, report=str(report))
+    Gallery(predictor, method="rollout", folder=None, report=str(page))
+    assert page.read_text() == "old"
 
 
 def test_a_run_without_images_writes_nothing(predictor, tmp_path):

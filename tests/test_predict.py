@@ -338,6 +338,13 @@ def test_a_map_that_cannot_be_written_is_named(run, images, tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_report_that_cannot_be_written_costs_no_records(run, images, tmp_path):
+    (tmp_path / "out.csv.partial").write_text("unfinished")
+    code, out, err = run(images / "0/0.png", "--report", tmp_path, "--out", tmp_path / "out.csv")
+    assert (code, out, err) == (2, "", f"predict.py: {tmp_path}: Is a directory\n")
+    assert (tmp_path / "out.csv.partial").read_text() == "unfinished"
+
+
 # ---- parts and stops ---------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +77,9 @@ class Gallery:
         folder: Where to put a map for each image, and the sheet; none for no maps.
         report: HTML file to write; none for no report.
         shard: Which part of the run this is, of how many.
+
+    Raises:
+        OutputError: If the report cannot be written, before there is any work in it.
     """
 
     def __init__(
@@ -92,6 +97,9 @@ class Gallery:
         self.limit = SURVEYED if report else SHEET  # of the first so many images something is kept until the end
         self.entries: list[dict[str, Any]] = []
         self.unwritten = {"sheet"} if folder else set()
+        if report:
+            with _named(report):
+                _try(report)
 
     def add(
         self, paths: Sequence[str], grids: Iterable[Tensor], scores: Sequence[Mapping[str, float]]
@@ -136,18 +144,33 @@ class Gallery:
         if end and self.report and self.survey and self.survey.paths:
             view = self.survey.view()
             entries = explored(self.predictor, self.survey.chosen(view, REPORT), self.method)
-            try:
+            with _named(self.report):
                 write_report(self.report, self.predictor.about, entries, view)
-            except OSError as error:
-                raise OutputError(f"{self.report}: {error.strerror or error}") from error
 
     @staticmethod
     def _save(picture: Image.Image, file: str) -> None:
-        try:
+        with _named(file):
             os.makedirs(os.path.dirname(file), exist_ok=True)
             picture.save(file, "PNG", compress_level=1)
-        except OSError as error:
-            raise OutputError(f"{file}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """What the system has against writing a file is said with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{file}: {error.strerror or error}") from error
+
+
+def _try(file: str) -> None:
+    """Open a file to write, and leave all as it was but for its folder, which is made."""
+    with suppress(FileExistsError):  # its folder is a file: what opening it says is clearer
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    there = os.path.lexists(file)
+    open(file, "ab").close()
+    if not there:
+        Path(file).unlink(missing_ok=True)
 
 
 def _small(entry: dict[str, Any]) -> dict[str, Any]:

@@ -119,13 +119,14 @@ def load_and_classify(options: argparse.Namespace) -> int:
     inputs = Inputs(options.sources, recursive=options.recursive, stdin=stdin)
     summary = Summary()
     try:
+        gallery = gallery_of(options, predictor)  # first: where it cannot write, nothing is touched
         output = Output(options.out, record_format(options, predictor), resume=options.resume)
         if output.discarded:
             hint = "; --resume would have gone on with them" if resumable(options) else ""
             say(f"predict.py: {output.partial}: the records of an unfinished run were discarded{hint}")
         try:
             with engine(options, predictor) as work, progress(options, inputs) as advance:
-                classify(options, predictor, work, inputs, output, summary, advance)
+                classify(options, predictor, gallery, work, inputs, output, summary, advance)
             output.finish()
         finally:
             output.close()
@@ -136,7 +137,8 @@ def load_and_classify(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (OutputError, ClusterError) as error:
-        summary.tell(inputs)
+        if summary.classified + summary.failed:
+            summary.tell(inputs)
         say(f"predict.py: {error}")
         return USAGE
     except (MemoryError, RuntimeError) as error:
@@ -197,6 +199,15 @@ def record_format(options: argparse.Namespace, predictor: "Predictor") -> "Forma
     return records.Json() if options.format == "json" else records.JsonLines()
 
 
+def gallery_of(options: argparse.Namespace, predictor: "Predictor") -> "Gallery | None":
+    """What draws the maps, where any are asked for."""
+    if not (options.maps or options.report):
+        return None
+    from vit.gallery import Gallery
+
+    return Gallery(predictor, method=options.method, folder=options.maps, report=options.report, shard=options.shard)
+
+
 def engine(options: argparse.Namespace, predictor: "Predictor") -> "AbstractContextManager[Predictor | Cluster]":
     """What computes the batches: the predictor itself, compiled for many images on a GPU, or a Ray cluster."""
     from vit.cluster import Cluster
@@ -219,6 +230,7 @@ def is_long(options: argparse.Namespace) -> bool:
 def classify(
     options: argparse.Namespace,
     predictor: "Predictor",
+    gallery: "Gallery | None",
     work: "Predictor | Cluster",
     inputs: "Inputs",
     output: "Output",
@@ -229,13 +241,6 @@ def classify(
     from vit.predictor import batches
     from vit.records import OutputError, Table
 
-    gallery = None
-    if options.maps or options.report:
-        from vit.gallery import Gallery
-
-        gallery = Gallery(
-            predictor, method=options.method, folder=options.maps, report=options.report, shard=options.shard
-        )
     part, parts = options.shard
     pieces = islice(batches(inputs, options.batch_size or work.batch_size), part - 1, None, parts)
     again: list[bytes] = []  # records that are there already and are made once more, to see that they are the same
