@@ -131,7 +131,9 @@ def test_position_counts_as_the_trainer_steps(accumulate):
                 steps += 1
                 expected[steps] = (epoch, batch) if batch < 8 else (epoch + 1, 0)
     for steps, position in expected.items():
-        module.trainer = SimpleNamespace(global_step=steps, accumulate_grad_batches=accumulate)  # type: ignore
+        module.trainer = SimpleNamespace(  # type: ignore
+            global_step=steps, accumulate_grad_batches=accumulate, num_training_batches=float("inf")
+        )
         assert module.position() == position
 
 
