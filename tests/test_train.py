@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
 from PIL import Image
 
 import data.cache
@@ -379,12 +380,23 @@ def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_pat
     assert [part["best_model_path"] for part in state.values() if "dirpath" in part] == [str(two / "best.ckpt")]
 
 
-def test_out_of_time_is_not_done(tmp_path):
-    """It goes on in the middle of the epoch in which the time ran out, and has no more and no fewer steps."""
-    assert run("fit", tmp_path, "--trainer.max_epochs=2000", "--trainer.max_time=00:00:00:01") == 0
-    epochs = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] // 5 + 2
-    assert run("fit", tmp_path, f"--trainer.max_epochs={epochs}", "--ckpt_path=last") == 0
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 5 * epochs
+@pytest.mark.parametrize("steps", [7, 10], ids=["within an epoch", "at its end"])
+def test_out_of_time_is_not_done(steps, tmp_path, monkeypatch):
+    """A run that ``trainer.max_time`` ended goes on to what it would have been."""
+
+    def check(timer: Timer, trainer: Any) -> None:
+        timer.left = -1.0 if trainer.global_step >= steps else 1.0  # type: ignore[attr-defined]
+        trainer.should_stop = trainer.should_stop or timer.left < 0  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Timer, "_check_time_remaining", check)
+    monkeypatch.setattr(Timer, "time_remaining", lambda timer, stage=None: getattr(timer, "left", 1.0))
+    parted, whole = tmp_path / "parted", tmp_path / "whole"
+    assert run("fit", parted, "--trainer.max_epochs=3", "--trainer.max_time=00:01:00:00") == 0
+    assert torch.load(parted / "last.ckpt", weights_only=True)["global_step"] == steps
+    for root in (parted, whole):
+        assert run("fit", root, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    first, second = weights(parted / "last.ckpt"), weights(whole / "last.ckpt")
+    assert all(torch.equal(first[key], value) for key, value in second.items())
 
 
 def test_weights_are_measured_with_their_own_preprocessing(tmp_path):

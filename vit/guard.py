@@ -144,7 +144,9 @@ class Guard(Checkpoint):
         if not stepped or loop.batch_progress.is_last_batch:
             return  # the epoch's end is near
         assert trainer.fit_loop._data_fetcher is not None
-        if (self.signal or self.due) and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        # Out of time, Lightning validates at once; the run that goes on does so when it is its turn.
+        asked = (self.signal or self.due) and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        if asked or out_of_time(trainer):
             trainer._logger_connector.update_train_step_metrics()  # what Lightning logs only after the save
             self._save(trainer)
 
@@ -156,15 +158,15 @@ class Guard(Checkpoint):
         self._send(trainer, torch.zeros((), dtype=torch.long, device=pl_module.device))
         self._read(trainer)
         stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-        timed_out = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
         if (
             trainer.current_epoch + 1 == trainer.max_epochs
             or trainer.global_step == trainer.max_steps
-            or (stopped and not timed_out)  # out of trainer.max_time it can go on
+            or (stopped and not out_of_time(trainer))
         ):
             self.done = [trainer.max_epochs, trainer.max_steps]
-        if self.done or stopped or self.signal or self.due:
+        if out_of_time(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self.done = None  # saved after the last step; this would count the whole epoch
+        elif self.done or stopped or self.signal or self.due:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -190,6 +192,12 @@ class Guard(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Diverged):
             leave_children(trainer)
+
+
+def out_of_time(trainer: Trainer) -> bool:
+    """Whether ``trainer.max_time`` ends the run here; its Timer comes before us."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return trainer.should_stop and any((timer.time_remaining() or 1) <= 0 for timer in timers)
 
 
 def local(tensor: Tensor) -> Tensor:
