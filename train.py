@@ -116,7 +116,9 @@ class TrainCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuse to measure what chance has made."""
-        if self._get(self.config, "ckpt_path") is None and any("head" in note for note in self.model.adapted):
+        if self._get(self.config, "ckpt_path") is None and any(
+            note.startswith("head replaced") for note in self.model.adapted
+        ):
             raise ValueError(f"{self.subcommand} needs trained weights: {self.model.pretrained} knows other classes")
 
     before_test = before_validate
@@ -198,7 +200,7 @@ def locked(root: Path) -> Iterator[None]:
 
 def put_aside(root: Path) -> None:
     """Move the run that is in this folder to ``previous``, so that nothing of it can be taken for the new one's."""
-    if not (root / "last.ckpt").exists() and not (root / "model.safetensors").exists():
+    if not any((root / name).exists() for name in ("last.ckpt", "best.ckpt", "model.safetensors")):
         return
     shutil.rmtree(root / "previous", ignore_errors=True)
     (root / "previous").mkdir()

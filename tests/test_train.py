@@ -339,10 +339,19 @@ def test_a_short_trial_is_validated_and_replaces_the_last_with_a_word(tmp_path, 
 def test_nothing_of_an_earlier_run_is_taken_for_the_new_one(tmp_path, capfd):
     """A new run that ends before its first save leaves no checkpoint, not one of the run before it."""
     assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    for name in ("last.ckpt", "model.safetensors"):  # as if it had been killed before its first save
+        (tmp_path / name).unlink()
     assert run("fit", tmp_path, "--trainer.max_epochs=1", "--model.lr=1e30", "--trainer.gradient_clip_val=null") == 5
     assert "nothing was saved before" in capfd.readouterr().err
-    assert not (tmp_path / "last.ckpt").exists()
-    assert not (tmp_path / "model.safetensors").exists()
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".ckpt", ".safetensors")]
+
+
+def test_a_dry_run_leaves_the_run_in_its_folder_alone(fitted, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(fitted, root)
+    before = {name: (root / name).read_bytes() for name in ("last.ckpt", "best.ckpt", "model.safetensors")}
+    assert run("fit", root, "--trainer.fast_dev_run=true") == 0
+    assert {name: (root / name).read_bytes() for name in before} == before
 
 
 def test_one_run_in_a_folder(tmp_path):

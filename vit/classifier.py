@@ -290,12 +290,11 @@ class ViTClassifier(LightningModule):
     def on_fit_end(self) -> None:
         """Write ``model.safetensors`` from the best weights, or the last where none were measured."""
         callback, root = self.trainer.checkpoint_callback, Path(self.trainer.default_root_dir)
-        if not self.trainer.is_global_zero or not isinstance(callback, ModelCheckpoint):
+        dry = getattr(self.trainer, "fast_dev_run", False)  # keeps nothing; what lies in the folder is another run's
+        if dry or not self.trainer.is_global_zero or not isinstance(callback, ModelCheckpoint):
             return
         self.measured = bool(callback.best_model_path)
         best = Path(callback.best_model_path) if self.measured else root / "last.ckpt"
-        if not best.is_file():  # fast_dev_run keeps nothing
-            return
         model, about = load_checkpoint(best)
         path = root / "model.safetensors"
         save_checkpoint(path, model.state_dict(), about)
