@@ -29,7 +29,7 @@ DATA: dict[str, Any] = {"image_size": (8, 8), "class_names": ["a", "b"], "mean":
 @pytest.fixture
 def pretrained(tmp_path) -> Path:
     """A model of 16-pixel colour images in four classes."""
-    model = VisionTransformer(**SIZES, pool="mean", stem="conv")
+    model = VisionTransformer(**SIZES, pool="mean", stem="conv", drop_path_rate=0.2)
     preprocess = Preprocess(image_size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
     about = Checkpoint(architecture=model.architecture, class_names=tuple("wxyz"), preprocess=preprocess)
     return save_checkpoint(tmp_path / "pretrained.safetensors", model.state_dict(), about)
@@ -42,6 +42,14 @@ def test_architecture_is_read_from_the_file(pretrained):
     assert (model.vit.image_size, model.vit.in_chans, model.vit.num_classes) == ((8, 8), 1, 2)
     block = load_checkpoint(pretrained)[0].blocks[1].state_dict()
     assert all(torch.equal(tensor, block[name]) for name, tensor in model.vit.blocks[1].state_dict().items())
+
+
+def test_stochastic_depth_is_what_this_training_asks_for(pretrained):
+    """... and not what the old one did, or else `--model.drop_path_rate 0` would be ignored without a word."""
+    assert load_checkpoint(pretrained)[1].architecture["drop_path_rate"] == 0.2
+    model = ViTClassifier(**DATA, pretrained=str(pretrained), drop_path_rate=0.0)
+    assert model.vit.architecture["drop_path_rate"] == 0
+    assert isinstance(model.vit.blocks[-1].drop_path, torch.nn.Identity)
 
 
 def test_what_contradicts_the_file_is_refused(pretrained):

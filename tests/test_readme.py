@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,28 @@ def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(script, {})
     with Image.open("map.png") as picture:
         assert picture.width > 40
+
+
+def test_sample_of_records_is_what_is_written(
+    cifar10_jpeg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All but the speed; a score may be another by 1 point where another processor rounds bfloat16 differently."""
+    (sample,) = (block for block in BLOCKS if block.startswith("$ python predict.py photos"))
+    command, *shown = sample.splitlines()
+    images, photos = cifar10_jpeg / "test", tmp_path / "photos"
+    photos.mkdir()
+    for name, source in {"cat": "cat/0000", "kitten": "cat/0008", "ship": "ship/0000"}.items():
+        shutil.copy(images / f"{source}.jpg", photos / f"{name}.jpg")
+    (photos / "damaged.jpg").write_bytes((images / "dog/0000.jpg").read_bytes()[:300])
+    monkeypatch.chdir(tmp_path)
+    assert predict.main(shlex.split(command)[3:]) == 3
+    output = capfd.readouterr()
+    lines = [*output.out.splitlines(), *output.err.splitlines()]
+    number = re.compile(r" *(\d+\.\d)%")
+    for line, expected in zip(lines, shown, strict=True):
+        assert number.sub("", line.partition(" in ")[0]) == number.sub("", expected.partition(" in ")[0])
+        scores, printed = ([float(score) for score in number.findall(text)] for text in (line, expected))
+        assert scores == pytest.approx(printed, abs=1)
 
 
 def result(name: str) -> dict:

@@ -266,7 +266,8 @@ def start_from(
         class_names: Names of the new classes; the head is kept only if they are the old ones.
         mean: Mean of each channel of the new images, of values in [0, 1].
         std: Standard deviation of each channel of the new images, of values in [0, 1].
-        asked: Arguments of VisionTransformer; a patch_size other than the old one resamples the patch embedding.
+        asked: Arguments of VisionTransformer; a patch_size other than the old one resamples the patch embedding, and
+            drop_path_rate is 0 unless asked for: how the old weights were trained says nothing of the new training.
 
     Raises:
         CheckpointError: As ``load_pretrained``, and if the weights cannot be fitted to what is asked.
@@ -277,7 +278,7 @@ def start_from(
         if name not in ADAPTED and name in old.architecture and value != old.architecture[name]:
             raise CheckpointError(f"{source}: has {name} {old.architecture[name]}, not {value}; leave model.{name} out")
     kept = {name: value for name, value in asked.items() if name in ADAPTED}
-    new = VisionTransformer(**{**old.architecture, **kept, **fresh})
+    new = VisionTransformer(**{**old.architecture, "drop_path_rate": 0.0, **kept, **fresh})
     weights, notes = dict(old.state_dict()), []
 
     if new.patch_size != old.patch_size or new.in_chans != old.in_chans:
