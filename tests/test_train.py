@@ -282,7 +282,9 @@ def test_weights_shared_out_over_ranks_are_the_same_weights(tmp_path):
     for root in (alone, shared):
         assert run("fit", root, *same, "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     for one, other in zip(table(shared), table(alone), strict=True):
-        assert one == pytest.approx(other, abs=0.01)
+        if one["epoch"] == 0 and "train/loss" in one:
+            continue  # of the images of the first of the two processes
+        assert one == pytest.approx(other, abs=1e-4)
     states = [torch.load(root / "last.ckpt", weights_only=True) for root in (shared, alone)]
     assert states[0]["global_step"] == states[1]["global_step"] == 10
     for name, tensor in states[0]["state_dict"].items():
