@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="bfloat16 moves scores by up to about 0.04, labels not; maps are always float32 [auto: bfloat16 if the "
+        help="bfloat16 moves scores by up to about 0.03, labels not; maps are always float32 [auto: bfloat16 if the "
         "hardware has it]",
     )
     group.add_argument("--workers", metavar="N", type=positive, help="threads that decode [one a core]")

@@ -6,8 +6,7 @@ end. Ours is ``predict.py``'s own ``main``. Same weights, files and batch size. 
 process whose imports are over before the clock starts. Memory is the largest sum over a process and its children of
 what each holds, pages they share counted once (PSS), looked at twice a second.
 
-The weights are random, with a head fitted to the images by least squares, so that the classes are told apart. Last come
-the shipped weights, in bfloat16 and in float32: how often the labels agree, and how far the scores are apart.
+The weights are random, with a head fitted to the images by least squares, so that the classes are told apart.
 """
 
 import argparse

@@ -113,7 +113,7 @@ def main() -> int:
     architecture: dict[str, Any] = {
         name: value
         for name, value in model.architecture.items()
-        if name not in ("image_size", "in_chans", "num_classes") and value is not None
+        if name not in ("image_size", "in_chans", "num_classes", "drop_path_rate") and value is not None
     }
     scratch = ["--model.pretrained", "null"]
     for name, value in architecture.items():

@@ -1,4 +1,4 @@
-"""Where training images come from: digits, CIFAR or a folder, all as uint8 images with labels."""
+"""Where training images come from: folders, tables, known sets and libraries, all as uint8 images with labels."""
 
 import re
 from collections.abc import Mapping

@@ -321,7 +321,7 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
     """Class names and splits of a folder of tar files.
 
     Args:
-        folder: It holds ``*train*.tar``, ``*val*.tar`` and ``*test*.tar``, or just ``*.tar``; or timm's
+        folder: It holds tar files with train, val and test as a word in their names, or without; or timm's
             ``_info.json``, that names files and their lengths. ``classes.txt`` has the classes' names, one a line.
         cache: Folder for what was counted.
 
@@ -389,6 +389,11 @@ def find_tars(folder: Path) -> dict[str, list[str]]:
         names = ", ".join(os.path.basename(path) for path in unsaid[:3]) + ", ..." * (len(unsaid) > 3)
         raise DataError(f"{folder}: no train, val or test in the names of {names}, but in others: rename or move them")
     if unsaid:
+        names = [os.path.basename(path) for path in unsaid]
+        hints = [found for split in SPLITS if (found := [name for name in names if split in name.casefold()])]
+        if len(hints) > 1:  # trainset-0.tar and valset-0.tar
+            shown = ", ".join(found[0] for found in hints)
+            raise DataError(f"{folder}: train, val or test must be a word of its own in {shown}: rename them")
         return {"train": unsaid}
     if "train" not in splits:
         raise DataError(f"{folder} has {min(splits)} tar files but no train: rename or add those for training")

@@ -236,6 +236,16 @@ def test_a_model_that_gives_no_numbers_is_an_error(predictor):
     assert "no number" in str(result)
 
 
+def test_a_map_score_takes_34_passes():
+    """As its option says: 16 steps and the whole image, in two orders."""
+    predictor, seen = Predictor.from_checkpoint(device="cpu"), []
+    pixels = torch.stack([predictor.preprocess.load(image) for image in pictures(3)])
+    scores, grids = predictor.mapped(pixels, "rollout")
+    predictor.model.register_forward_hook(lambda model, images, output: seen.append(len(output)))
+    predictor.map_scores(pixels, grids, scores.argmax(1))
+    assert sum(seen) == 3 * 34
+
+
 def test_grey_model(tmp_path):
     predictor = Predictor.from_checkpoint(checkpoint(tmp_path / "grey.safetensors", channels=1))
     (image,) = pictures(1)

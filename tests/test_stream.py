@@ -311,7 +311,7 @@ def tars(folder: Path, *names: str) -> Path:
     [
         {"train": ["imagenet1k-train-000.tar", "imagenet1k-train-001.tar"], "val": ["imagenet1k-validation-000.tar"]},
         {"train": ["set_Train.tar.gz"], "val": ["set_valid.tgz"], "test": ["test7.tar"]},
-        {"train": ["latest-0.tar", "trainer-0.tar"]},  # parts of words
+        {"train": ["latest-0.tar", "photos-0.tar"]},  # a part of a word
     ],
 )
 def test_the_split_is_a_word_anywhere_in_the_name(tmp_path, expected):
@@ -324,6 +324,7 @@ def test_the_split_is_a_word_anywhere_in_the_name(tmp_path, expected):
     [
         (["train-0.tar", "holdout-0.tar"], r"tars: no train, val or test in the names of holdout-0.tar, but"),
         (["train-0.tar", *(f"{i}.tar" for i in range(4))], r"in the names of 0.tar, 1.tar, 2.tar, ..., but"),
+        (["trainset-0.tar", "valset-0.tar"], r"tars: train, val or test must be a word of its own in trainset-0.tar"),
         (["test-train-0.tar"], r"test-train-0.tar: its name says both test and train: rename it"),
         (["val-0.tar", "test-0.tar"], r"tars has test tar files but no train: rename or add those for training"),
     ],

@@ -1,7 +1,7 @@
 """The records of a prediction run: how each format writes them, and an output file that survives being killed.
 
-A record is ``{"path": ..., "predictions": [{"label": ..., "score": ...}, ...]}``, with ``"unsure"`` and ``"map"`` where
-asked for, or ``{"path": ..., "error": ...}``. No torch.
+A record is ``{"path": ..., "predictions": [{"label": ..., "score": ...}, ...]}``, with ``"unsure"``, ``"map"`` and
+``"map_score"`` where asked for, or ``{"path": ..., "error": ...}``. No torch.
 """
 
 import csv
@@ -78,7 +78,7 @@ class Json:
 
 
 class Csv:
-    """A row an image: path, label_1, score_1, ... label_k, score_k, error, then unsure and map where asked for.
+    """A row an image: path, label_1, score_1, ... label_k, score_k, error; unsure, map and map_score where asked for.
 
     Args:
         top_k: Number of label and score columns.
