@@ -1,16 +1,17 @@
 """Train, validate or test a vision transformer: ``python train.py fit --config configs/digits.yaml``."""
 
+import csv
 import fcntl
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -20,20 +21,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 from data.datamodule import ImageDataModule
 from vit.checkpoint import load_checkpoint
 from vit.classifier import ViTClassifier
 from vit.guard import Diverged, Guard
 from vit.history import History
-from vit.progress import TrainingProgress
+from vit.progress import TrainingProgress, class_table
 from vit.saving import CheckpointFile
 
 DESCRIPTION = (
     "Train a vision transformer on images. The project's own settings are --model.* and --data.*; --trainer.* are "
     "Lightning's. predict.py classifies."
 )
-FACTS = ("class_names", "mean", "std", "image_size")  # flow from the data to the model
+FACTS = ("class_names", "mean", "std", "image_size", "white")  # flow from the data to the model
 
 
 class Parser(LightningArgumentParser):
@@ -43,7 +45,8 @@ class Parser(LightningArgumentParser):
         if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
             parser = getattr(ex, "subcommand_parser", self)
             known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
-            message += "".join(f"; did you mean {name}?" for name in get_close_matches(wrong[1], known, n=1))
+            dashes = "--" if "arguments: --" in wrong[0] else ""
+            message += "".join(f"; did you mean {dashes}{name}?" for name in get_close_matches(wrong[1], known, n=1))
         raise ValueError(message) from ex
 
 
@@ -129,6 +132,7 @@ class TrainCLI(LightningCLI):
         last, exported = root / "last.ckpt", root / "model.safetensors"
         if path is None or (path == "last" and not last.exists()):
             if self._writes("fit"):
+                self.datamodule.setup("fit")  # refuses what cannot be trained on while the earlier run is in its place
                 put_aside(root)
             return
         file = last if path == "last" else path
@@ -155,16 +159,35 @@ class TrainCLI(LightningCLI):
             print(f"{root}: this run is finished, {state['global_step']:,} steps; nothing was changed", file=sys.stderr)
             sys.exit(0)
 
+    def after_test(self) -> None:
+        """How well each class is told: a table, and the whole matrix in a file."""
+        confusion, names = self.model.confusion, self.model.class_names
+        if confusion is None or not self.trainer.is_global_zero:
+            return
+        Console().print(class_table(confusion, names))
+        path = Path(self.trainer.default_root_dir, "test", "confusion.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", errors="surrogateescape") as file:
+            rows = csv.writer(file)
+            rows.writerow(["of the class", *(f"named {name}" for name in names)])
+            rows.writerows([name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True))
+        print(f"all of them, what was taken for what: {path}")
+
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning takes and our runs cannot do."""
         config = self._get(self.config, "trainer")
         for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches"):
             if config[name] == 0:
                 raise ValueError(f"trainer.{name} must be above 0")
+        if config["max_epochs"] == 0 or config["max_steps"] == 0:
+            raise ValueError("trainer.max_epochs and max_steps must be above 0; `validate` and `test` measure")
         if config["overfit_batches"]:
             raise ValueError("trainer.overfit_batches is not supported; try --trainer.limit_train_batches")
-        if self.subcommand == "fit" and (count := self._get(self.config, "checkpoint.save_top_k")) != 1:
-            raise ValueError(f"checkpoint.save_top_k must be 1, got {count}: there is one best.ckpt")
+        balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
+        if balance and monitor == "val/acc":  # which the small classes hardly move
+            self.config[self.subcommand]["checkpoint"]["monitor"] = "val/balanced_acc"
+        if self.subcommand == "fit" and (kept := self._get(self.config, "checkpoint.save_top_k")) != 1:
+            raise ValueError(f"checkpoint.save_top_k must be 1, got {kept}: there is one best.ckpt")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config, "trainer")
@@ -199,15 +222,21 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def put_aside(root: Path) -> None:
-    """Move the run that is in this folder to ``previous``, so that nothing of it can be taken for the new one's."""
+    """Move the run that is in this folder to ``previous``, so that nothing of it can be taken for the new one's.
+
+    If there is such a folder already, to ``previous-2`` and so on: no run is lost.
+    """
     if not any((root / name).exists() for name in ("last.ckpt", "best.ckpt", "model.safetensors")):
         return
-    shutil.rmtree(root / "previous", ignore_errors=True)
-    (root / "previous").mkdir()
+    places = (root / name for name in chain(["previous"], (f"previous-{number}" for number in count(2))))
+    aside = next(place for place in places if not place.exists())
+    aside.mkdir()
     for name in ("last.ckpt", "best.ckpt", "model.safetensors", "metrics.csv", "hparams.yaml", "config.yaml"):
         if (root / name).exists():
-            (root / name).rename(root / "previous" / name)
-    words = f"the run that was here is in {root / 'previous'}; --ckpt_path last would have gone on with it"
+            (root / name).rename(aside / name)
+    for events in root.glob("events.out.tfevents.*"):
+        events.rename(aside / events.name)
+    words = f"the run that was here is in {aside}; --ckpt_path last would have gone on with it"
     print(f"{root}: {words}", file=sys.stderr)
 
 

@@ -28,7 +28,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vit.preprocess import ImageError, Preprocess, open_image
+from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
 
 VERSION = 1  # part of every cache file's name: raise it when decoding or the layout changes
 LIMIT = 2 * 2**30  # bytes of pixels of one split; larger ones are decoded batch by batch
@@ -92,9 +92,18 @@ class ImageFiles:
             DataError: If the file cannot be read.
         """
         try:
-            return open_image(self.path(index), self.preprocess.mode)
+            return open_image(self.path(index), self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
             raise DataError(f"{self.path(index)}: {error}{ADVICE}") from None
+
+    def raw(self, index: int) -> Image.Image | None:
+        """One image as it is stored, if Pillow can read it."""
+        try:
+            with Image.open(self.path(index), formats=FORMATS) as image:
+                image.load()
+                return image
+        except Exception:  # which the check of all files has said
+            return None
 
     def cut(self, index: int, image: Image.Image) -> Tensor:
         """uint8 pixels (C, H, W) of an opened image.
@@ -122,7 +131,8 @@ class ImageFiles:
     @cached_property
     def key(self) -> str:
         """Fingerprint of what decoding gives: paths, sizes and times of change, and how they are decoded."""
-        settings = (VERSION, self.preprocess.image_size, self.preprocess.mode, self.size_from is None)
+        white = () if self.preprocess.white is None else (self.preprocess.white,)
+        settings = (VERSION, self.preprocess.image_size, self.preprocess.mode, self.size_from is None, *white)
         digest = hashlib.sha256(repr(settings).encode())
         for index, name in enumerate(self.names):
             try:

@@ -196,7 +196,10 @@ class ImageDataModule(LightningDataModule):
         augment: Random changes to training images.
         on_bad: What to do about image files that cannot be read, which are looked for before the training: ``fail`` or
             ``skip``; they are listed in a file of the cache.
-        balance: Show the classes equally often in training, however many images they have.
+        white: Value that is white in images of more than 8 bits, such as 4095 of a 12-bit camera; none for 65535 in 16
+            bits.
+        balance: Show the classes equally often in training, however many images they have, and choose the best weights
+            by val/balanced_acc.
         compile: Compile the augmentation, on a GPU.
     """
 
@@ -212,12 +215,15 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 2,
         augment: Augment = Augment(),  # noqa: B008 (frozen)
         on_bad: OnBad = "fail",
+        white: float | None = None,
         balance: bool = False,
         compile: bool = False,
     ):
         super().__init__()
         if batch_size < 1:
             raise DataError(f"data.batch_size must be at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise DataError(f"data.num_workers must be at least 0, got {num_workers}")
         if not 0 <= val_fraction < 1:
             raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
@@ -231,7 +237,9 @@ class ImageDataModule(LightningDataModule):
             "image_size": image_size,
             "num_workers": num_workers,
             "on_bad": on_bad,
+            "white": white,
         }
+        self.white = white
 
     # The facts that the model needs; train.py links them to its arguments.
 
@@ -258,7 +266,7 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def preprocess(self) -> Preprocess:
-        return Preprocess(image_size=self.image_size, mean=self.source.mean, std=self.source.std)
+        return Preprocess(image_size=self.image_size, mean=self.source.mean, std=self.source.std, white=self.white)
 
     def prepare_data(self) -> None:
         prepare_source(self.dataset, **self._where)

@@ -43,13 +43,15 @@ class StoredImages(ImageFiles):
 
     def open(self, index: int) -> Image.Image:
         try:
-            return open_image(self.get(int(self.names[index])), self.preprocess.mode)
+            image = self.get(int(self.names[index]))
+            return open_image(image, self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
             raise DataError(f"{self.path(index)}: {error}") from None
 
     @property
     def key(self) -> str:  # type: ignore[override]
-        settings = (self.fingerprint, self.names.tobytes(), self.preprocess.image_size, self.preprocess.mode)
+        decoding = (self.preprocess.image_size, self.preprocess.mode, self.preprocess.white)
+        settings = (self.fingerprint, self.names.tobytes(), *decoding)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 

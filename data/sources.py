@@ -1,5 +1,6 @@
 """Where training images come from: folders, tables, known sets and libraries, all as uint8 images with labels."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cache import DataError, ImageFiles, OnBad, cached_images, cached_statistics, channel_statistics, readable
+from data.cache import (
+    DataError,
+    ImageFiles,
+    OnBad,
+    cached_images,
+    cached_statistics,
+    channel_statistics,
+    readable,
+    say_once,
+)
 from data.hub import StoredImages, hub_images, hub_shards, load_hub, load_tfds, load_torch
 from data.labels import TABLES, list_images, list_table
 from data.stream import Shards, Stream, load_tars, stream_statistics
@@ -81,6 +91,7 @@ def load_source(
     image_size: int | tuple[int, int] | None = None,
     num_workers: int = 2,
     on_bad: OnBad = "fail",
+    white: float | None = None,
 ) -> Source:
     """Open a data set; the first time it is downloaded or decoded, later its cache is memory-mapped.
 
@@ -93,6 +104,7 @@ def load_source(
         image_size: Height and width to cut images to, in pixels; None if all of them have the same size.
         num_workers: Processes that decode images; 0 decodes in this one.
         on_bad: What to do about files that cannot be read: ``fail`` or ``skip``.
+        white: Value that is white in images of more than 8 bits; none for 65535 of 16 bits.
 
     Raises:
         DataError: If the data set cannot be used; one line that names the path.
@@ -101,17 +113,20 @@ def load_source(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and min(size) < 1:
         raise DataError(f"image_size is {image_size}, it must be at least 1 pixel")
+    if white is not None and not 0 < white < math.inf:
+        raise DataError(f"data.white is {white}, it must be above 0")
     kind, slash, rest = dataset.partition("/")
+    how: dict[str, Any] = {"root": root, "image_size": size, "on_bad": on_bad, "white": white}
     if dataset == "digits":
         source = load_digits()
     elif dataset in CIFAR_STATISTICS:
         source = load_cifar(dataset, root)
     elif slash and kind in ("wds", "hfids"):
-        return load_stream(dataset, kind, rest, root=root, image_size=size, on_bad=on_bad)
+        return load_stream(dataset, kind, rest, **how)
     elif slash and kind in ("hfds", "tfds", "torch"):
-        return load_stored(dataset, kind, rest, root=root, image_size=size, num_workers=num_workers, on_bad=on_bad)
+        return load_stored(dataset, kind, rest, num_workers=num_workers, **how)
     else:
-        return load_files(dataset, root=root, image_size=size, num_workers=num_workers, on_bad=on_bad)
+        return load_files(dataset, num_workers=num_workers, **how)
     native = source.train.shape[-2:]
     if size is not None and size != native:
         raise DataError(f"{dataset} has images of {native[0]}x{native[1]} pixels, image_size is {size[0]}x{size[1]}")
@@ -125,9 +140,10 @@ def prepare_source(
     image_size: int | tuple[int, int] | None = None,
     num_workers: int = 2,
     on_bad: OnBad = "fail",
+    white: float | None = None,
 ) -> None:
     """Download and decode once, so that ``load_source`` with the same arguments is quick; run by one process a node."""
-    load_source(dataset, root=root, image_size=image_size, num_workers=num_workers, on_bad=on_bad)
+    load_source(dataset, root=root, image_size=image_size, num_workers=num_workers, on_bad=on_bad, white=white)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -201,9 +217,17 @@ def load_cifar(name: str, root: Path) -> Source:
 
 
 def load_files(
-    dataset: str, *, root: Path, image_size: tuple[int, int] | None, num_workers: int, on_bad: OnBad
+    dataset: str,
+    *,
+    root: Path,
+    image_size: tuple[int, int] | None,
+    num_workers: int,
+    on_bad: OnBad,
+    white: float | None,
 ) -> Source:
     """Image files: of a folder with class folders, of several such folders, or of a table."""
+    if not all(part.strip() for part in dataset.split(",")):  # which would be the present folder
+        raise DataError(f"data.dataset {dataset!r} has an empty name in it: give {FORMS}")
     whole = Path(dataset).expanduser()
     paths = [whole] if whole.exists() else [Path(part.strip()).expanduser() for part in dataset.split(",")]
     if whole.is_file() and whole.suffix.lower() in TABLES:
@@ -216,7 +240,7 @@ def load_files(
         class_names, parts = list_images(paths)
     name = re.sub(r"[^\w.-]+", "_", "-".join(path.resolve().name for path in paths))[:40]
     files = {
-        split: ImageFiles(folder=folder, names=names, preprocess=placeholder(image_size))
+        split: ImageFiles(folder=folder, names=names, preprocess=placeholder(image_size, white))
         for split, (folder, names, _) in parts.items()
     }
     labels = {split: part[2] for split, part in parts.items()}
@@ -233,6 +257,7 @@ def load_stored(
     image_size: tuple[int, int] | None,
     num_workers: int,
     on_bad: OnBad,
+    white: float | None,
 ) -> Source:
     """A set of torchvision, TensorFlow Datasets or Hugging Face that is on the disk after its download."""
     if kind in ("tfds", "torch"):
@@ -247,7 +272,7 @@ def load_stored(
         split: StoredImages(
             folder=f"{dataset} {split}",
             names=np.arange(len(labels)),
-            preprocess=placeholder(image_size),
+            preprocess=placeholder(image_size, white),
             get=get,
             fingerprint=fingerprint,
         )
@@ -259,9 +284,9 @@ def load_stored(
     return decoded(name, class_names, files, labels, **where)
 
 
-def placeholder(image_size: tuple[int, int] | None) -> Preprocess:
+def placeholder(image_size: tuple[int, int] | None, white: float | None) -> Preprocess:
     """How to decode to uint8; mean and std are not known yet, and stand for three channels."""
-    return Preprocess(image_size=image_size or (1, 1), mean=(0.5,) * 3, std=(0.5,) * 3)
+    return Preprocess(image_size=image_size or (1, 1), mean=(0.5,) * 3, std=(0.5,) * 3, white=white)
 
 
 def decoded(
@@ -289,12 +314,13 @@ def decoded(
     """
     if image_size is None:
         size, size_from = first_size(files["train"])
-        preprocess = placeholder(size)
+        preprocess = replace(files["train"].preprocess, image_size=size)
         files = {split: replace(part, preprocess=preprocess, size_from=size_from) for split, part in files.items()}
     cache: dict[str, Any] = {"folder": root / "cache", "num_workers": num_workers}
     files, labels = readable(files, labels, name=name, on_bad=on_bad, **cache)
     images = {split: cached_images(part, name=f"{name}-{split}", **cache) for split, part in files.items()}
     mean, std = cached_statistics(files["train"], images["train"], name=f"{name}-train", **cache)
+    hint_at_white(name, files["train"])
     splits = {
         split: Split(images=images[split], labels=labels[split], files=part)
         for split, part in files.items()
@@ -303,8 +329,32 @@ def decoded(
     return Source(name=name, class_names=class_names, mean=mean, std=std, **splits)
 
 
+def hint_at_white(name: str, files: ImageFiles) -> None:
+    """Say so where 16-bit images leave most of their range empty: a camera's 12 bits would become 16 grey levels."""
+    if files.preprocess.white is not None:
+        return
+    some, largest = np.linspace(0, len(files) - 1, min(20, len(files))).astype(int), 0
+    for index in some:
+        image = files.raw(int(index))
+        if image is None or not image.mode.startswith("I"):
+            return
+        largest = max(largest, int(np.asarray(image).max()))
+    if 0 < largest < 2**14:
+        words = (
+            f"{name}: 16-bit images, but no value above {largest:,} in {len(some)} of them, so that they come out dark"
+        )
+        say_once(f"{words}; --data.white {2 ** largest.bit_length() - 1} takes that for white")
+
+
 def load_stream(
-    dataset: str, kind: str, name: str, *, root: Path, image_size: tuple[int, int] | None, on_bad: OnBad
+    dataset: str,
+    kind: str,
+    name: str,
+    *,
+    root: Path,
+    image_size: tuple[int, int] | None,
+    on_bad: OnBad,
+    white: float | None,
 ) -> Source:
     """A set that is read in order, shard after shard, and never decoded as a whole."""
     if image_size is None:
@@ -318,7 +368,7 @@ def load_stream(
         shards = {split: hub_shards(f"{dataset} {split}", *part, cache / "hfids") for split, part in rows.items()}
     if "train" not in shards:
         raise DataError(f"{dataset} has no training split, only {', '.join(shards)}")
-    how: dict[str, Any] = {"preprocess": placeholder(image_size), "classes": len(class_names), "on_bad": on_bad}
+    how: dict[str, Any] = {"preprocess": placeholder(image_size, white), "classes": len(class_names), "on_bad": on_bad}
     splits = {
         split: Stream(shards=part, chosen=tuple(range(len(part.lengths))), **how)
         for split, part in shards.items()

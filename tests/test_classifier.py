@@ -217,9 +217,13 @@ def test_validation_measures_what_scikit_learn_does(tmp_path, measured, size):
     (found,) = trainer(tmp_path).validate(model, loader(*parts(batch, size), empty), verbose=False)
     labels = batch.labels.numpy()
     everything = list(range(len(CLASSES)))
+    present = sorted({*labels.tolist(), *probabilities.argmax(1).tolist()})
     assert found == pytest.approx(
         {
             "val/acc": metrics.accuracy_score(labels, probabilities.argmax(1)),
+            "val/balanced_acc": metrics.recall_score(
+                labels, probabilities.argmax(1), labels=present, average="macro", zero_division=0
+            ),
             "val/acc5": metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=everything),
             "val/loss": metrics.log_loss(labels, probabilities, labels=everything),
             "val/ece": calibration_error(probabilities, labels),
@@ -241,10 +245,19 @@ def test_test_measures_calibrated_probabilities_too(tmp_path, measured):
     assert found["test/ece_calibrated"] == pytest.approx(calibration_error(softer, labels), abs=1e-6)
 
 
-def test_top_five_of_two_classes_is_all(tmp_path):
+def test_two_classes_have_no_top_five(tmp_path):
     model, batch = classifier(class_names=("cat", "dog")), batch_of(8)
     batch = batch._replace(labels=batch.labels % 2)
-    assert trainer(tmp_path).validate(model, loader(batch), verbose=False)[0]["val/acc5"] == 1
+    assert "val/acc5" not in trainer(tmp_path).validate(model, loader(batch), verbose=False)[0]
+
+
+def test_a_test_counts_what_was_taken_for_what(tmp_path, measured):
+    model, batch, probabilities = measured
+    for _ in range(2):  # the second counts from nothing
+        trainer(tmp_path).test(model, loader(*parts(batch, 8)), verbose=False)
+    expected = metrics.confusion_matrix(batch.labels.numpy(), probabilities.argmax(1), labels=range(len(CLASSES)))
+    assert model.confusion is not None
+    assert model.confusion.tolist() == expected.tolist()
 
 
 def test_metrics_start_afresh_each_epoch_and_temperature_is_the_best(tmp_path):
@@ -298,7 +311,7 @@ def test_checkpoint_gives_the_same_model_and_says_what_it_is(saved):
     assert about.class_names == CLASSES
     assert about.preprocess == model.preprocess
     assert about.temperature == float(model.temperature)
-    assert about.metrics.keys() == {"val/acc", "val/acc5", "val/ece", "val/loss"}
+    assert about.metrics.keys() == {"val/acc", "val/acc5", "val/balanced_acc", "val/ece", "val/loss"}
     assert (about.training["steps"], about.training["devices"]) == (1, 1)
     assert about.training["torch"] == str(torch.__version__)
 

@@ -79,6 +79,20 @@ def test_16_bit_grey_equals_its_8_bit_source(format):
     assert difference(opened, grey) == 0
 
 
+@pytest.mark.parametrize(("kind", "white"), [(np.uint16, 4095), (np.int32, 4095), (np.float32, 2.5)])
+def test_white_is_what_is_said(kind, white):
+    """All images of a set on one scale, whatever the brightest value of each; above it all is white."""
+    pre = Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,), white=white)
+    grey = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    for brightest in (0.5, 1.0, 2.0):
+        values = (grey * brightest * white).astype(kind)
+        for image in (Image.fromarray(values), stored(Image.fromarray(values), "TIFF")):
+            seen = pre.load(image)[0].float()
+            assert (seen - torch.from_numpy(grey * brightest * 255).clamp(max=255)).abs().max() <= 1
+    with pytest.raises(ValueError, match="white must be a value above 0, got 0"):
+        Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,), white=0)
+
+
 def test_floats_in_0_to_1_and_in_0_to_65535_and_no_numbers():
     grey = np.asarray(picture().convert("L"), dtype=np.float32)
     for scale in (1 / 255, 1, 257):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import vit.progress
 from vit.model import VisionTransformer
-from vit.progress import TrainingProgress
+from vit.progress import TrainingProgress, class_table
 
 
 class Clock:
@@ -35,7 +35,8 @@ def clock(monkeypatch) -> Clock:
 @pytest.fixture
 def module() -> Any:
     sizes = {"image_size": (4, 8), "patch_size": 2, "in_chans": 1, "num_classes": 3, "embed_dim": 8, "depth": 1}
-    return SimpleNamespace(vit=VisionTransformer(**sizes, num_heads=2), device=torch.device("cpu"))
+    vit = VisionTransformer(**sizes, num_heads=2)
+    return SimpleNamespace(vit=vit, device=torch.device("cpu"), resolution=[])
 
 
 def trainer_of(max_epochs: int = 12, batches: int = 4) -> Any:
@@ -49,6 +50,7 @@ def trainer_of(max_epochs: int = 12, batches: int = 4) -> Any:
         num_devices=2,
         num_nodes=1,
         callback_metrics={},
+        checkpoint_callback=None,
         datamodule=SimpleNamespace(dataset="digits", train=range(1294), val=range(143)),
     )
 
@@ -133,6 +135,32 @@ def test_introduction_says_what_learns_from_what(clock, module):
     said = " ".join(text(progress).split())
     assert "digits: 1,294 training and 143 validation images, 3 classes" in said
     assert "2x4 patches of 2x2 pixels; 48 steps on 2 x cpu" in said
+    assert "until" not in said
+    assert "going on" not in said
+
+
+def test_introduction_says_what_one_would_wonder_about(clock, module):
+    """Why validation is bad while images are small, and that a run goes on."""
+    module.resolution, module.scaled = [(0.4, 0.5), (0.65, 0.75)], lambda factor: (int(4 * factor), int(8 * factor))
+    for step, small in ((12, True), (32, False)):
+        progress, trainer = quiet(), trainer_of()
+        trainer.global_step = step
+        train(progress, trainer, module, clock, epochs=1, seconds=1)
+        said = " ".join(text(progress).split())
+        assert ("images of 2x4 then 3x6 pixels until step 31; validation is at full size, and says" in said) == small
+        assert f"going on at step {step}" in said
+
+
+def test_classes_of_a_test():
+    confusion = torch.tensor([[6, 0, 2], [3, 1, 0], [0, 0, 0]])
+    console = Console(file=(file := StringIO()), width=100)
+    console.print(class_table(confusion, ("cat", "[red]", "owl")))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in file.getvalue().splitlines()]
+    assert ["cat", "8", "75.0%", "66.7%", "owl (25.0%)"] in rows
+    assert ["[red]", "4", "25.0%", "100.0%", "cat (75.0%)"] in rows
+    assert ["owl", "0", "", "0.0%", ""] in rows
+    console.print(class_table(confusion, ("cat", "[red]", "owl"), most=1))
+    assert "the 1 of 3 classes that are recognised worst" in file.getvalue()
 
 
 def test_bar_shows_all_that_one_wants_to_know(clock, module, capsys):

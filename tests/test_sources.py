@@ -207,6 +207,23 @@ def test_other_endings_of_jpeg_are_read(tmp_path, load, suffix):
     assert len(load(folder).train) == 5
 
 
+def test_a_camera_of_12_bits(tmp_path, load, capsys):
+    """Its 16-bit files are nearly black until one says what is white; then they are another cache's."""
+    for i in range(8):
+        path = tmp_path / "cells" / "ab"[i % 2] / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), 4000 - i, dtype=np.uint16)).save(path)
+    dark = load(tmp_path / "cells")
+    hint = "cells: 16-bit images, but no value above 4,000 in 8 of them, so that they come out dark; --data.white 4095"
+    assert hint in capsys.readouterr().err
+    assert dark.train.images.max() == 16
+    for _ in range(2):
+        assert load(tmp_path / "cells", white=4095).train.images.min() == 249
+    assert capsys.readouterr().err == ""
+    with pytest.raises(DataError, match=r"data\.white is 0, it must be above 0"):
+        load(tmp_path / "cells", white=0)
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path, load):
     make(tmp_path / "elsewhere", more=2)
     folder = make(tmp_path / "x", a=1, b=2)

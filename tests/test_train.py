@@ -1,16 +1,20 @@
 """The command line: what a run leaves behind, how it goes on after a crash, and one line for every mistake."""
 
 import csv
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -338,6 +342,87 @@ def test_a_short_trial_is_validated_and_replaces_the_last_with_a_word(tmp_path, 
         assert (tmp_path / "previous" / "model.safetensors").exists() == words
 
 
+def test_no_earlier_run_is_lost(tmp_path, capfd):
+    """Each new one moves the last aside, TensorBoard's file with it; one that cannot begin leaves it where it is."""
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    for seed in range(3):
+        assert run("fit", tmp_path, *short, f"--seed_everything={seed}") == 0
+    found = [Path(tmp_path, place, "config.yaml").read_text() for place in ("previous", "previous-2", "")]
+    assert [int(config.partition("seed_everything: ")[2][0]) for config in found] == [0, 1, 2]
+    for place in ("previous", "previous-2", ""):
+        assert len(list(Path(tmp_path, place).glob("events.out.tfevents.*"))) == 1
+        assert Path(tmp_path, place, "model.safetensors").exists()
+    capfd.readouterr()
+    Image.new("RGB", (8, 8)).save(png := io.BytesIO(), "PNG")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for i in range(4):
+            for name, data in ((f"{i}.png", png.getvalue()), (f"{i}.cls", b"%d" % (i % 2))):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    stream = [f"--data.dataset=wds/{tmp_path}", "--data.image_size=8", f"--data.root={tmp_path}"]
+    assert run("fit", tmp_path, *stream, "--data.balance=true") == 2
+    assert "data.balance needs the labels of all images" in capfd.readouterr().err
+    assert run("fit", tmp_path, "--trainer.max_epochs=0") == 2
+    assert "trainer.max_epochs and max_steps must be above 0" in capfd.readouterr().err
+    assert (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "previous-3").exists()
+
+
+def test_classes_of_different_size(tmp_path, capfd):
+    """Balanced training chooses by balanced accuracy; a test says how well each class is told."""
+    for label, number in {"many": 40, "some": 12, "few": 6}.items():
+        for split in ("train", "test"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(number if split == "train" else 5):
+                level = {"many": 20, "some": 120, "few": 230}[label] + i % 7
+                Image.new("RGB", (8, 8), (level, level, level)).save(folder / f"{i}.png")
+    data = [f"--data.dataset={tmp_path / 'images'}", f"--data.root={tmp_path}", "--data.num_workers=0"]
+    data += ["--data.balance=true", "--data.batch_size=16", "--data.val_fraction=0.2"]
+    root = tmp_path / "run"
+    data += ["--checkpoint.monitor=val/acc", "--checkpoint.mode=max"]  # the default again, which balance replaces
+    shown = ["--trainer.max_epochs=6", "--trainer.enable_progress_bar=true"]
+    assert run("fit", root, *data, *shown) == 0
+    assert "best weights, val balanced acc " in capfd.readouterr().err
+    losses = [row for row in table(root) if "train/loss" in row]
+    assert len(losses) == 6  # of three steps each: fewer than Lightning's 50
+    rows = [row for row in table(root) if "val/acc" in row]
+    best = max(rows, key=lambda row: row["val/balanced_acc"])
+    metrics = load_checkpoint(root / "model.safetensors")[1].metrics
+    assert metrics["val/balanced_acc"] == pytest.approx(best["val/balanced_acc"], abs=1e-6)
+    assert "val/acc5" not in metrics
+    assert run("test", root, *data, "--ckpt_path=best") == 0
+    printed = capfd.readouterr().out
+    with open(root / "test" / "confusion.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["of the class", "named few", "named many", "named some"]
+    assert [row[0] for row in rows[1:]] == ["few", "many", "some"]
+    counts = torch.tensor([[int(cell) for cell in row[1:]] for row in rows[1:]])
+    assert counts.sum(1).tolist() == [5, 5, 5]
+    predictor = Predictor.from_checkpoint(root / "model.safetensors", device="cpu")
+    for label, row in zip(predictor.class_names, counts.tolist(), strict=True):
+        files = sorted((tmp_path / "images" / "test" / label).iterdir())
+        named = [predictor.predict(file).label for file in files]
+        assert [named.count(name) for name in predictor.class_names] == row
+        assert re.search(rf"{label} .* 5 .* {row[predictor.class_names.index(label)] / 5:.1%}", printed)
+
+
+def test_white_goes_from_the_data_to_the_model_file(tmp_path, capfd):
+    for i in range(12):
+        path = tmp_path / "cells" / "ab"[i % 2] / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 100 + 3000 * (i % 2) + i, dtype=np.uint16)).save(path)
+    data = [f"--data.dataset={tmp_path / 'cells'}", f"--data.root={tmp_path}", "--data.num_workers=0"]
+    white = [*data, "--data.batch_size=4", "--data.white=4095", "--trainer.max_epochs=1"]
+    assert run("fit", tmp_path / "run", *white) == 0
+    assert load_checkpoint(tmp_path / "run" / "model.safetensors")[1].preprocess.white == 4095
+    assert run("validate", tmp_path / "run", *white[:-1], "--ckpt_path=best") == 0
+    capfd.readouterr()
+    assert run("validate", tmp_path / "run", *data, "--ckpt_path=best") == 2
+    assert "the checkpoint's images have data.white 4095.0, these None" in capfd.readouterr().err
+
+
 def test_nothing_of_an_earlier_run_is_taken_for_the_new_one(tmp_path, capfd):
     """A new run that ends before its first save leaves no checkpoint, not one of the run before it."""
     assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
@@ -433,7 +518,7 @@ def test_weights_are_measured_with_their_own_preprocessing(tmp_path):
 
 def test_options_are_not_abbreviated(capsys):
     assert train.main(["fit", *TINY, "--trainer.max_epoch=1"]) == 2
-    assert "did you mean trainer.max_epochs?" in capsys.readouterr().err
+    assert "did you mean --trainer.max_epochs?" in capsys.readouterr().err
 
 
 def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
@@ -447,7 +532,7 @@ def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
         "patch size": (["--model.patch_size=3"], "8 is not a multiple of patch size 3"),
         "heads": (["--model.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3"),
         "no config": ([f"--config={nowhere}.yaml"], f"{nowhere}.yaml"),
-        "unknown key": (["--model.patchsize=3"], "--model.patchsize=3; did you mean model.patch_size?"),
+        "unknown key": (["--model.patchsize=3"], "--model.patchsize=3; did you mean --model.patch_size?"),
         "unknown key of the data": (["--data.folder=3"], "folder"),
         "not a number": (["--data.batch_size=many"], "many"),
         "not a choice": (["--model.optimizer=sgd"], "sgd"),

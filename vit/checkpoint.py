@@ -96,7 +96,10 @@ def save_checkpoint(
 
 def describe(about: Checkpoint) -> dict[str, Any]:
     """The description as plain data, as both kinds of checkpoint hold it."""
-    return {"format_version": FORMAT_VERSION, **asdict(about)}
+    described = {"format_version": FORMAT_VERSION, **asdict(about)}
+    if described["preprocess"]["white"] is None:  # so that versions that do not know it read all other files
+        del described["preprocess"]["white"]
+    return described
 
 
 def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:

@@ -1,5 +1,6 @@
 """The system that is trained: model, loss, metrics, optimiser, and what is written down at the end."""
 
+import math
 import os
 import platform
 import sys
@@ -19,8 +20,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from vit.calibration import Temperature
 from vit.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
@@ -45,6 +46,7 @@ class ViTClassifier(LightningModule):
         class_names: Name of each class, in the order of the labels; from the data.
         mean: Mean of each channel, of values in [0, 1]; from the data.
         std: Standard deviation of each channel, of values in [0, 1]; from the data.
+        white: Value that is white in images of more than 8 bits; from the data.
         optimizer: ``adamw``, or ``muon`` for the blocks' matrices with NAdamW for the rest.
         lr: Peak learning rate of (N)AdamW.
         muon_lr: Peak learning rate of Muon.
@@ -73,6 +75,7 @@ class ViTClassifier(LightningModule):
         class_names: Sequence[str],
         mean: Sequence[float],
         std: Sequence[float],
+        white: float | None = None,
         optimizer: Literal["adamw", "muon"] = "adamw",
         lr: float = 1e-3,
         muon_lr: float = 0.02,
@@ -93,6 +96,7 @@ class ViTClassifier(LightningModule):
             raise ValueError(f"model.layer_decay must be in (0, 1], got {layer_decay}")
         self.pretrained, self.adapted = pretrained, []
         self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
+        self.resumed = False  # whether these are the weights of a checkpoint
         self.measured = False  # whether it holds the best of weights that were validated
         if pretrained is None:
             self.vit = VisionTransformer(image_size=image_size, in_chans=len(mean), num_classes=len(class_names), **vit)
@@ -102,10 +106,15 @@ class ViTClassifier(LightningModule):
         for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
             if not 0 <= value < 1:
                 raise ValueError(f"model.{name} must be in [0, 1), got {value}")
+        for name, value in (("lr", lr), ("muon_lr", muon_lr)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"model.{name} must be above 0, got {value}")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"model.weight_decay must be at least 0, got {weight_decay}")
         if freeze:
             self.vit.requires_grad_(False).head.requires_grad_(True)
         self.class_names = tuple(class_names)
-        self.preprocess = Preprocess(image_size=self.vit.image_size, mean=tuple(mean), std=tuple(std))
+        self.preprocess = Preprocess(image_size=self.vit.image_size, mean=tuple(mean), std=tuple(std), white=white)
         self.optimizer = {"name": optimizer, "lr": lr, "muon_lr": muon_lr, "weight_decay": weight_decay}
         self.layer_decay, self.compile_on_gpu = layer_decay, compile
         self.warmup, self.label_smoothing = warmup, label_smoothing
@@ -118,22 +127,24 @@ class ViTClassifier(LightningModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
         self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15)
+        few = len(class_names) <= 1000  # or else the matrix is larger than the model
+        self.test_confusion = MulticlassConfusionMatrix(len(class_names), validate_args=False) if few else None
+        self.confusion: Tensor | None = None  # images of each class (row) that were given each class, of the last test
         self.fit_temperature = Temperature()
         self.register_buffer("temperature", torch.tensor(1.0))
         self.total_steps, self.started, self.minutes = 1, time.monotonic(), 0.0
 
     def _metrics(self, prefix: str) -> MetricCollection:
         classes = len(self.class_names)
-        return MetricCollection(
-            {
-                # Without their checks, each of which would wait for the GPU; the loss has seen the labels before.
-                "acc": MulticlassAccuracy(classes, average="micro", validate_args=False),
-                "acc5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes), validate_args=False),
-                "ece": MulticlassCalibrationError(classes, n_bins=15, validate_args=False),
-            },
-            prefix=prefix,
-            compute_groups=False,
-        )
+        # Without their checks, each of which would wait for the GPU; the loss has seen the labels before.
+        metrics: dict[str, Metric] = {
+            "acc": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            "balanced_acc": MulticlassAccuracy(classes, average="macro", validate_args=False),
+            "ece": MulticlassCalibrationError(classes, n_bins=15, validate_args=False),
+        }
+        if classes > 5:
+            metrics["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
+        return MetricCollection(dict(metrics), prefix=prefix, compute_groups=False)
 
     def configure_model(self) -> None:
         """Share the weights out over the processes, block by block, where the strategy asks for it (FSDP)."""
@@ -182,6 +193,13 @@ class ViTClassifier(LightningModule):
         logits = self._evaluate("test", batch, self.test_loss, self.test_metrics)
         self.test_ece_calibrated.update((logits / self.temperature).softmax(-1), batch.labels)
         self.log("test/ece_calibrated", self.test_ece_calibrated, on_step=False, on_epoch=True)
+        if self.test_confusion is not None:
+            self.test_confusion.update(logits.argmax(-1), batch.labels)
+
+    def on_test_epoch_end(self) -> None:
+        if self.test_confusion is not None:
+            self.confusion = self.test_confusion.compute().cpu()
+            self.test_confusion.reset()
 
     def _evaluate(self, stage: str, batch: Batch, loss: MeanMetric, metrics: MetricCollection) -> Tensor:
         logits = self.vit(batch.images).float()
@@ -220,6 +238,9 @@ class ViTClassifier(LightningModule):
         schedule.base_lrs = [group["initial_lr"] for group in self.settings]
         for group, settings, factor in zip(optimizer.param_groups, self.settings, schedule.lr_lambdas, strict=True):
             group.update(settings, lr=settings["initial_lr"] * factor(schedule.last_epoch))
+        trainer = self.trainer
+        steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # small sets too have a loss in each epoch
 
     # What is kept
 
@@ -233,7 +254,7 @@ class ViTClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         self.started = time.monotonic()
-        if self.pretrained and self.trainer.is_global_zero:
+        if self.pretrained and self.trainer.is_global_zero and not self.resumed:
             for note in self.adapted:
                 print(f"{self.pretrained}: {note}", file=sys.stderr)
 
@@ -275,7 +296,9 @@ class ViTClassifier(LightningModule):
         for name, value in {**theirs["architecture"], "class_names": theirs["class_names"]}.items():
             if ours[name] != value:
                 raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
-        self.minutes = theirs["training"]["minutes"]
+        self.minutes, self.resumed = theirs["training"]["minutes"], True
+        if (white := theirs["preprocess"].get("white")) != self.preprocess.white:
+            raise ValueError(f"the checkpoint's images have data.white {white}, these {self.preprocess.white}")
         # The weights belong to their preprocessing, whatever the mean and deviation of the images that come now.
         self.preprocess = Preprocess(**theirs["preprocess"])
         trainer = self._trainer

@@ -91,7 +91,12 @@ def export_timm(model: VisionTransformer, about: Checkpoint, folder: str | Path)
         model_config={
             "label_names": list(about.class_names),
             "pretrained_cfg": {"license": None, "origin_url": None, "tag": "vit_rollout"},
-            "vit": {"temperature": about.temperature, "metrics": about.metrics, "training": about.training},
+            "vit": {
+                "temperature": about.temperature,
+                "metrics": about.metrics,
+                "training": about.training,
+                "white": preprocess.white,
+            },
         },
         safe_serialization=True,
         data_config={

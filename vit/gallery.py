@@ -126,7 +126,7 @@ class Gallery:
         self, path: str, grid: Tensor, scores: Mapping[str, float], remember: bool
     ) -> tuple[str | None, dict[str, Any] | None]:
         try:
-            image = open_image(path, min_side=LARGEST)
+            image = open_image(path, min_side=LARGEST, white=self.predictor.preprocess.white)
         except ImageError:
             return None, None
         label, score = next(iter(scores.items()))
@@ -198,7 +198,8 @@ def explored(predictor: Predictor, paths: Iterable[str], method: str) -> Iterato
 
     def load(path: str) -> tuple[Image.Image, Tensor] | None:
         try:
-            return open_image(path, min_side=LONGEST), predictor.preprocess.load(path)
+            shown = open_image(path, min_side=LONGEST, white=predictor.preprocess.white)
+            return shown, predictor.preprocess.load(path)
         except ImageError:
             return None
 

@@ -242,7 +242,7 @@ class Predictor:
         target_index, against_index = self._number(target), self._number(against)
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
         try:
-            opened = open_image(image, self.preprocess.mode)
+            opened = open_image(image, self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
             raise _named(image, error) from error
         scores, grids = self.mapped(self.preprocess(opened)[None], method, target_index, against_index)

@@ -45,7 +45,11 @@ class ImageError(ValueError):
 
 
 def open_image(
-    source: str | Path | IO[bytes] | Image.Image, mode: str = "RGB", *, min_side: int | None = None
+    source: str | Path | IO[bytes] | Image.Image,
+    mode: str = "RGB",
+    *,
+    min_side: int | None = None,
+    white: float | None = None,
 ) -> Image.Image:
     """Decode one image as a person sees it: upright, in sRGB, transparency on white, 16 bits scaled to 8.
 
@@ -55,13 +59,14 @@ def open_image(
         mode: "RGB", or "L" for grey.
         min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels; none to get
             every pixel.
+        white: Value that is white in images of more than 8 bits; none for ``scaled_to_8_bits``' own rule.
 
     Raises:
         ImageError: If it is missing, no image, truncated, of another format, or larger than Pillow's bomb limit.
     """
     try:
         if isinstance(source, Image.Image):
-            return to_mode(upright(source.copy()), mode)
+            return to_mode(upright(source.copy()), mode, white)
         if isinstance(source, str | Path) and not os.path.isfile(source):  # a pipe or a device could wait for ever
             os.stat(source)  # says what is wrong if there is no such file, or no permission to look
             raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
@@ -73,7 +78,7 @@ def open_image(
             with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
                 refuse_bomb(image)
-                return to_mode(upright(image), mode)
+                return to_mode(upright(image), mode, white)
     except ImageError:
         raise
     except Exception as error:  # a corrupt file raises whatever its decoder stumbles on
@@ -108,10 +113,10 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
+def to_mode(image: Image.Image, mode: str, white: float | None = None) -> Image.Image:
     """Convert any Pillow mode to RGB or L without the silent losses of ``convert``."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = scaled_to_8_bits(image)
+    if deep(image):
+        image = scaled_to_8_bits(image, white)
     if image.mode in ("RGB", "CMYK", "LAB"):
         image = to_srgb(image)
     if image.has_transparency_data:
@@ -138,16 +143,23 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return converted or image
 
 
-def scaled_to_8_bits(image: Image.Image) -> Image.Image:
+def deep(image: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a value: 16, 32, or floating point."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def scaled_to_8_bits(image: Image.Image, white: float | None = None) -> Image.Image:
     """16-bit and float images in grey levels 0 to 255; ``convert`` would clip them to white.
 
-    Sixteen-bit images span 0 to 65535. Those of 32 bits or floats do not say: 1, 255 or 65535, the smallest that
-    holds their largest value.
+    Args:
+        image: Of a mode that ``deep`` knows.
+        white: Value that becomes 255, as do those above it. None takes 65535 for sixteen bits; images of 32 bits or
+            floats do not say, for them 1, 255 or 65535, the smallest that holds their largest value.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=65535.0, neginf=0.0)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=white or 65535.0, neginf=0.0)
     largest = values.max(initial=0)
     tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-    top = next((top for top in tops if largest <= top), 65535)
+    top = white or next((top for top in tops if largest <= top), 65535)
     return Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
 
 
@@ -161,6 +173,7 @@ class Preprocess:
         std: Standard deviation of each channel, of values in [0, 1].
         interpolation: Resampling filter by Pillow's name: bicubic, bilinear, lanczos, nearest, box, hamming.
         crop: Share of the image's shorter side that is kept, in (0, 1].
+        white: Value that is white in images of more than 8 bits, as 4095 of a 12-bit camera; none for 65535 of 16 bits.
 
     Raises:
         ValueError: If a number is out of its range, or there is no such filter.
@@ -171,6 +184,7 @@ class Preprocess:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop: float = 1.0
+    white: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.image_size) != 2 or min(self.image_size) < 1:
@@ -181,6 +195,8 @@ class Preprocess:
             raise ValueError(f"mean and std must be finite and std above 0, got {self.mean} and {self.std}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be in (0, 1], got {self.crop}")
+        if self.white is not None and not 0 < self.white < math.inf:
+            raise ValueError(f"white must be a value above 0, got {self.white}")
         if self.interpolation.upper() not in Image.Resampling.__members__:
             names = ", ".join(name.lower() for name in Image.Resampling.__members__)
             raise ValueError(f"interpolation must be one of {names}, got {self.interpolation!r}")
@@ -209,7 +225,7 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """uint8 pixels (C, H, W) of an opened image."""
-        pixels = np.array(self.cut(image if image.mode == self.mode else to_mode(image, self.mode)))
+        pixels = np.array(self.cut(image if image.mode == self.mode else to_mode(image, self.mode, self.white)))
         return torch.from_numpy(pixels.reshape(*self.image_size, -1)).permute(2, 0, 1).contiguous()
 
     def load(self, source: str | Path | IO[bytes] | Image.Image) -> Tensor:
@@ -218,7 +234,8 @@ class Preprocess:
         Raises:
             ImageError: As ``open_image``.
         """
-        return self(open_image(source, self.mode, min_side=math.ceil(DRAFT_GAP * max(self.image_size) / self.crop)))
+        enough = math.ceil(DRAFT_GAP * max(self.image_size) / self.crop)
+        return self(open_image(source, self.mode, min_side=enough, white=self.white))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Float images (B, C, H, W) with the model's mean and std from uint8 pixels."""

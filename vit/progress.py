@@ -2,13 +2,19 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from vit.records import shown
 
 
 class TrainingProgress(ProgressBar):
@@ -27,6 +33,7 @@ class TrainingProgress(ProgressBar):
         self.task: TaskID | None = None
         self.loss = self.rate = self.images = self.drawn = self.since = self.line = 0.0
         self.accuracy: float | None = None
+        self.metric = "val/acc"
         self.sent: tuple[Any, Any] | None = None  # a loss on its way from the GPU, and the event of its arrival
         self.unsaid = ""  # line of an epoch that came too soon after the last one
 
@@ -48,6 +55,8 @@ class TrainingProgress(ProgressBar):
         self.since = self.drawn = time.monotonic()
         self.images = self.loss = 0.0
         self.accuracy, self.sent = None, None
+        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+        self.metric = monitor if monitor == "val/balanced_acc" else "val/acc"
         total = trainer.estimated_stepping_batches
         columns = (
             SpinnerColumn(),
@@ -71,13 +80,21 @@ class TrainingProgress(ProgressBar):
         size = sum(p.numel() for p in vit.parameters())
         (height, width), (rows, columns) = vit.patch_size, vit.grid_size
         what = f"{data.dataset}: {len(data.train):,} training and {len(data.val):,} validation images, "
-        self.console.print(f"{what}{vit.num_classes} classes", highlight=False)
-        self.console.print(
+        total = int(trainer.estimated_stepping_batches)
+        lines = [
+            f"{what}{vit.num_classes} classes",
             f"ViT of {size / 1e6:.2f} M parameters, {rows}x{columns} patches of {height}x{width} pixels; "
-            f"{trainer.estimated_stepping_batches:,} steps on {trainer.num_devices * trainer.num_nodes} x "
-            f"{pl_module.device.type}",
-            highlight=False,
-        )
+            f"{total:,} steps on {trainer.num_devices * trainer.num_nodes} x {pl_module.device.type}",
+        ]
+        model: Any = pl_module
+        if model.resolution and (until := model.resolution[-1][0]) * total > trainer.global_step:
+            smaller = " then ".join("{}x{}".format(*model.scaled(factor)) for _, factor in model.resolution)
+            words = "validation is at full size, and says little before that"
+            lines.append(f"images of {smaller} pixels until step {round(until * total):,}; {words}")
+        if trainer.global_step:
+            lines.append(f"going on at step {trainer.global_step:,}")
+        for line in lines:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,7 +124,7 @@ class TrainingProgress(ProgressBar):
         self.loss = number if not self.loss else 0.9 * self.loss + 0.1 * number
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.bar is not None and (accuracy := trainer.callback_metrics.get("val/acc")) is not None:
+        if self.bar is not None and (accuracy := trainer.callback_metrics.get(self.metric)) is not None:
             self.accuracy = float(accuracy)  # here once, not whenever it is drawn: the metric is on the device
 
     def _draw(self, trainer: Trainer) -> None:
@@ -115,7 +132,7 @@ class TrainingProgress(ProgressBar):
         assert self.task is not None
         numbers = [f"loss {self.loss:.3f}"]
         if self.accuracy is not None:
-            numbers.append(f"val acc {self.accuracy:.1%}")
+            numbers.append(f"{self.metric_name} {self.accuracy:.1%}")
         numbers.append(f"{self.rate:,.0f} images/s")
         self.bar.update(
             self.task,
@@ -128,7 +145,7 @@ class TrainingProgress(ProgressBar):
         if self.bar is None or self.console.is_terminal:
             return
         now = time.monotonic()
-        shown = f"  val acc {self.accuracy:.1%}" if self.accuracy is not None else ""
+        shown = f"  {self.metric_name} {self.accuracy:.1%}" if self.accuracy is not None else ""
         self.unsaid = f"epoch {epoch_of(trainer):>7}  loss {self.loss:.3f}{shown}  {now - self.since:,.0f} s"
         if now - self.line >= 5:
             self.line = now
@@ -150,7 +167,7 @@ class TrainingProgress(ProgressBar):
         if not self.enabled or exported is None or stage != "fit":
             return
         path, about = exported
-        score = f", val acc {about.metrics['val/acc']:.1%}" if "val/acc" in about.metrics else ""
+        score = f", {self.metric_name} {about.metrics[self.metric]:.1%}" if self.metric in about.metrics else ""
         which = "best" if pl_module.measured else "last (nothing was validated)"
         self.console.print(f"{which} weights{score}: {path}", highlight=False, soft_wrap=True)
         self.console.print(
@@ -160,11 +177,45 @@ class TrainingProgress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
+    @property
+    def metric_name(self) -> str:
+        return self.metric.replace("/", " ").replace("_", " ")
+
     def _close(self) -> None:
         self._say()
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def class_table(confusion: Tensor, names: Sequence[str], most: int = 30) -> Table:
+    """How well each class is told, for people: all classes, or those that are recognised worst.
+
+    Args:
+        confusion: Images of each class (row) that were given each class (column).
+        names: Of the classes.
+        most: Rows of the table.
+    """
+    images, given, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    recall = right / images
+    rows = torch.arange(len(names))
+    if len(names) > most:
+        rows = recall.nan_to_num(2.0).argsort(stable=True)[:most]
+    title = f"the {most} of {len(names)} classes that are recognised worst" if len(names) > most else None
+    table = Table("class", title=title)
+    for column in ("images", "recognised", "right when named"):
+        table.add_column(column, justify="right")
+    table.add_column("most often taken for")
+    wrong = confusion.clone().fill_diagonal_(0)
+    for row in rows.tolist():
+        other = int(wrong[row].argmax())
+        mistaken = f"{shown(names[other])} ({wrong[row, other] / images[row]:.1%})" if wrong[row, other] else ""
+        shares = (
+            f"{part / whole:.1%}" if whole else ""
+            for part, whole in ((right[row], images[row]), (right[row], given[row]))
+        )
+        table.add_row(escape(shown(names[row])), str(int(images[row])), *shares, escape(mistaken))
+    return table
 
 
 def send(loss: Any) -> tuple[Any, Any]:
