@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -26,6 +26,7 @@ from rich.console import Console
 from data.datamodule import ImageDataModule
 from vit.checkpoint import load_checkpoint
 from vit.classifier import ViTClassifier
+from vit.config import check_config
 from vit.guard import Diverged, Guard
 from vit.history import History
 from vit.progress import TrainingProgress, class_table
@@ -42,6 +43,12 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line, with the option that was perhaps meant; the usual way is to print all options first."""
         message = re.sub(r"(?<=required: )(fit|validate|test)\.", "--config FILE or --", message)
+        union = r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes(.*)Given value: (.*)'
+        if mistaken := re.search(union, message, re.S):  # whose text names types of Python, not what to write
+            name, types, value = mistaken.groups()
+            choices = sorted(set(re.findall(r"'([\w-]+)'", "".join(re.findall(r"Literal\[(.*?)\]", types)))))
+            forms = {"data.image_size": "224, or [224, 320] for height and width"}.get(name, ", ".join(choices))
+            message = f"{name} cannot be {value.strip()}" + (f"; give {forms}" if forms else "")
         if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
             parser = getattr(ex, "subcommand_parser", self)
             known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
@@ -185,7 +192,7 @@ class TrainCLI(LightningCLI):
             raise ValueError("trainer.overfit_batches is not supported; try --trainer.limit_train_batches")
         balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
         if balance and monitor == "val/acc":  # which the small classes hardly move
-            self.config[self.subcommand]["checkpoint"]["monitor"] = "val/balanced_acc"
+            self.config[str(self.subcommand)]["checkpoint"]["monitor"] = "val/balanced_acc"
         if self.subcommand == "fit" and (kept := self._get(self.config, "checkpoint.save_top_k")) != 1:
             raise ValueError(f"checkpoint.save_top_k must be 1, got {kept}: there is one best.ckpt")
 
@@ -240,6 +247,13 @@ def put_aside(root: Path) -> None:
     print(f"{root}: {words}", file=sys.stderr)
 
 
+def configs(args: Any) -> list[str]:
+    """The files that follow ``--config``."""
+    words = [str(word) for word in args] if isinstance(args, list | tuple) else []
+    apart = [path for option, path in pairwise(words) if option in ("--config", "-c")]
+    return apart + [word.partition("=")[2] for word in words if word.startswith("--config=")]
+
+
 def main(args: ArgsType = None) -> int:
     """Run the command line.
 
@@ -273,6 +287,8 @@ def main(args: ArgsType = None) -> int:
     ):
         warnings.filterwarnings("ignore", text)
     try:
+        for path in configs(sys.argv[1:] if args is None else args):
+            check_config(path)
         TrainCLI(
             ViTClassifier,
             ImageDataModule,

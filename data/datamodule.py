@@ -342,7 +342,9 @@ class ImageDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         if self.test is None:
-            raise DataError(f"{self.dataset}: has no test images; add a test/ folder or use `validate`")
+            raise DataError(
+                f"{self.dataset}: has no test images; put class folders into train/ and test/, or use `validate`"
+            )
         return self._eval_loader(self.test)
 
     def _eval_loader(self, dataset: SplitDataset | StreamBatches) -> DataLoader:

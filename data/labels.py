@@ -2,6 +2,7 @@
 
 import csv
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -70,6 +71,16 @@ def class_of_one(class_names: tuple[str, ...], listings: dict[str, Listing]) -> 
     return class_names[int(counts.argmin())] if "val" not in listings and counts.min() == 1 else None
 
 
+def composed(name: str) -> str:
+    """A class name with each accented letter as one character: macOS stores two, which look the same."""
+    return unicodedata.normalize("NFC", name)
+
+
+def printable(text: str) -> str:
+    """Text that may hold any bytes, as something to read."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
@@ -86,7 +97,9 @@ def split_folders(folder: Path) -> dict[str, Path]:
     if twice := [found for found in matches.values() if len(found) > 1]:
         raise DataError(f"{folder} has both {twice[0][0]}/ and {twice[0][1]}/: keep one of them")
     if known and not matches["train"]:
-        raise DataError(f"{folder} has {min(known)}/ but no train/: put the training images there")
+        raise DataError(
+            f"{folder} has {min(known)}/ but no train/: move the class folders of the training images into train/"
+        )
     return {split: folder / found[0] for split, found in matches.items() if found} or {"train": folder}
 
 
@@ -101,7 +114,7 @@ def outside(root: Path, splits: Collection[Path]) -> list[str]:
 
 def class_folders(folders: list[Path]) -> tuple[str, ...]:
     """Names of the classes that any of the folders has."""
-    names = sorted({name for folder in folders for name in subfolders(folder)})
+    names = sorted({composed(name) for folder in folders for name in subfolders(folder)})
     if len(names) < 2:
         inside = f"only one class folder, {names[0]}/" if names else "no class folders"
         raise DataError(f"{folders[0]} has {inside}: give each class a folder of images, two classes or more")
@@ -117,14 +130,17 @@ def find_images(folders: list[Path], class_names: tuple[str, ...], split: str, p
         split: 'train', where every class needs an image, 'val' or 'test'.
         passed_over: Counts the other files in the class folders, by ending.
     """
-    for folder in folders:
-        if unknown := set(subfolders(folder)) - set(class_names):
-            raise DataError(f"{folder / min(unknown)} is a class that the training images lack: rename or remove it")
     base = folders[0] if len(folders) == 1 else Path()  # what the paths start from
+    stored: dict[str, list[Path]] = {name: [] for name in class_names}
+    for folder in folders:
+        inside = subfolders(folder)
+        if unknown := [name for name in inside if composed(name) not in stored]:
+            raise DataError(f"{folder / min(unknown)} is a class that the training images lack: rename or remove it")
+        for name in inside:
+            stored[composed(name)].append(Path(name) if len(folders) == 1 else folder / name)
     names: list[bytes] = []
     labels: list[int] = []
-    for label, class_name in enumerate(class_names):
-        insides = [Path(class_name)] if len(folders) == 1 else [folder / class_name for folder in folders]
+    for label, (class_name, insides) in enumerate(stored.items()):
         of_class = [os.path.join(i, name) for i in insides for name in sorted(image_names(base / i, passed_over))]
         if not of_class and split == "train":
             kinds = ", ".join(sorted(SUFFIXES))
@@ -179,13 +195,15 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
         rows = read_table(file)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    if not rows:
+        raise DataError(f"{file}: has no rows below its header")
     parts: dict[str, list[tuple[str, str]]] = {}
     for number, row in enumerate(rows, 1):
         values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in ("path", "label", "split")}
         if missing := next((name for name in ("path", "label") if not values[name]), None):
-            found = ", ".join(map(str, row)) if missing not in row else f"row {number} is empty there"
+            found = ", ".join(map(printable, map(str, row))) if missing not in row else f"row {number} is empty there"
             raise DataError(f"{file}: needs a column {missing!r} for each image, but {found}")
-        parts.setdefault(split_of(values["split"] or "train"), []).append((values["path"], values["label"]))
+        parts.setdefault(split_of(values["split"] or "train"), []).append((values["path"], composed(values["label"])))
     if odd := set(parts) - set(SPLITS):
         raise DataError(f"{file}: split {min(odd)!r} is none of {', '.join(SPLITS)}")
     class_names = in_order({label for _, label in parts.get("train", ())})
@@ -212,7 +230,18 @@ def read_table(file: Path) -> Iterable[dict[str, Any]]:
             raise DataError(f"{file}: needs the package pyarrow; pip install pyarrow") from None
         return parquet.read_table(file).to_pylist()
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        return list(csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ","))
+        header = lines.readline()
+        if header.startswith("\udcff\udcfe") or header.startswith("\udcfe\udcff"):
+            raise DataError(f"{file}: is UTF-16: save the table as UTF-8")
+        lines.seek(0)
+        # A spreadsheet of a country where the comma is in numbers has semicolons in its CSV.
+        comma = ";" if ";" in header and "," not in header else ","
+        rows = list(csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else comma))
+    for number, row in enumerate(rows, 1):
+        path = str(row.get("path") or "")
+        if not path.isascii() and any("\udc80" <= c <= "\udcff" for c in path) and not (file.parent / path).exists():
+            raise DataError(f"{file}: row {number} is no UTF-8: save the table as UTF-8")
+    return rows
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:

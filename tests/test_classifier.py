@@ -222,7 +222,11 @@ def test_validation_measures_what_scikit_learn_does(tmp_path, measured, size):
         {
             "val/acc": metrics.accuracy_score(labels, probabilities.argmax(1)),
             "val/balanced_acc": metrics.recall_score(
-                labels, probabilities.argmax(1), labels=present, average="macro", zero_division=0
+                labels,
+                probabilities.argmax(1),
+                labels=present,
+                average="macro",
+                zero_division=0,  # type: ignore[arg-type]
             ),
             "val/acc5": metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=everything),
             "val/loss": metrics.log_loss(labels, probabilities, labels=everything),

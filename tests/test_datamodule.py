@@ -420,7 +420,7 @@ def test_given_validation_images_are_used_whole(folder, tmp_path):
     module = ImageDataModule(dataset=str(tmp_path / "split"), root=str(tmp_path / "cache"), num_workers=0)
     module.setup()
     assert (len(module.train), len(module.val), module.test) == (20, 6, None)
-    with pytest.raises(DataError, match=r"has no test images; add a test/ folder"):
+    with pytest.raises(DataError, match=r"has no test images; put class folders into train/ and test/"):
         module.test_dataloader()
 
 

@@ -1,6 +1,7 @@
 """Tables of labels, and several folders taken together."""
 
 import csv
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,53 @@ def test_labels_that_are_numbers_keep_their_order():
 
 def test_spellings_of_splits():
     assert [split_of(name) for name in ("training", "Validation", "TEST", "other")] == ["train", "val", "test", "other"]
+
+
+@pytest.mark.parametrize("separator", ";,")
+def test_a_table_of_a_spreadsheet(tmp_path, load, rows, separator):
+    """Semicolons where the comma is in numbers, and a mark at the beginning."""
+    path = write(
+        tmp_path / "labels.csv", [{"path": row["path"].replace(",", ""), "label": row["label"]} for row in rows]
+    )
+    path.write_text("\ufeff" + path.read_text().replace(",", separator))
+    for row in rows:
+        Path(tmp_path, row["path"]).rename(Path(tmp_path, row["path"].replace(",", "")))
+    assert load(path).class_names == ("cat", "owl", "red fox")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"path,label\n", r"labels.csv: has no rows below its header"),
+        (
+            "path,label\na.png,x\nGr\xf6\xdfe.png,y\n".encode("latin-1"),
+            r"labels.csv: row 2 is no UTF-8: save the table as",
+        ),
+        ("path,label\na.png,x\n".encode("utf-16"), r"labels.csv: .* UTF-8"),
+    ],
+)
+def test_a_table_in_another_encoding_or_without_rows(tmp_path, content, message):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        list_table(path)
+    str(error.value).encode()
+
+
+def test_accents_are_the_same_however_they_are_stored(tmp_path, load):
+    """Training images copied from Linux, validation images from macOS."""
+    forms: tuple[Any, Any] = ("NFC", "NFD")
+    for split, form in zip(("train", "val"), forms, strict=True):
+        for number, name in enumerate(("Fäden", "Größe")):
+            for i in range(2):
+                image(tmp_path / "cells" / split / unicodedata.normalize(form, name) / f"{i}.png", 10 * number + i)
+    source = load(tmp_path / "cells")
+    assert source.class_names == ("Fäden", "Größe")
+    assert source.val.labels.tolist() == [0, 0, 1, 1]
+    assert source.val.images[:, 0, 0, 0].tolist() == [0, 1, 10, 11]
+    rows = [{"path": f"{i}.png", "label": unicodedata.normalize(form, "Fäden")} for i, form in enumerate(forms)]
+    with pytest.raises(DataError, match="1 classes in the training images"):
+        list_table(write(tmp_path / "labels.csv", rows))
 
 
 @pytest.mark.parametrize(

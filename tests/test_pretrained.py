@@ -277,3 +277,9 @@ def test_weights_of_timm_are_not_copied():
     theirs = tiny_timm()
     ours, _ = from_timm(theirs)
     assert ours.head.weight.data_ptr() == theirs.head.weight.data_ptr()
+
+
+def test_the_weights_that_come_along_have_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # from anywhere
+    model, about = load_pretrained("cifar10")
+    assert (model.num_classes, about.class_names[3]) == (10, "cat")

@@ -56,8 +56,8 @@ class ViTClassifier(LightningModule):
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
         resolution: Pairs (until, factor): up to this share of the steps images are scaled by this factor; after the
             last pair they have their full size. Fewer pixels are fewer tokens: cheap steps first, sharp ones last.
-        pretrained: What to start from: a model file of ours, a folder with ``config.json``, or a timm name; none for
-            random weights. The architecture is read from it.
+        pretrained: What to start from: ``cifar10``, the weights that come along; a model file of ours, a folder with
+            ``config.json``, or a timm name; none for random weights. The architecture is read from it.
         freeze: Train the head alone (a linear probe).
         layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 0.65 to 0.9 is usual
             for fine-tuning.
@@ -238,7 +238,7 @@ class ViTClassifier(LightningModule):
         schedule.base_lrs = [group["initial_lr"] for group in self.settings]
         for group, settings, factor in zip(optimizer.param_groups, self.settings, schedule.lr_lambdas, strict=True):
             group.update(settings, lr=settings["initial_lr"] * factor(schedule.last_epoch))
-        trainer = self.trainer
+        trainer: Any = self.trainer
         steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # small sets too have a loss in each epoch
 

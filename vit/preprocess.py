@@ -121,9 +121,9 @@ def to_mode(image: Image.Image, mode: str, white: float | None = None) -> Image.
         image = to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        image = white
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image.getchannel("A"))
+        image = paper
     return image if image.mode == mode else image.convert(mode)
 
 

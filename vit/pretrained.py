@@ -49,7 +49,8 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     Args:
         source: A file of ours (``model.safetensors``, ``.ckpt``); a folder as timm and the Hugging Face hub keep
             (``config.json`` beside the weights); a timm name such as ``vit_small_patch16_224.augreg_in21k``, downloaded
-            by timm; ``hf-hub:OWNER/NAME``; or ``TIMM_NAME=FILE`` for a file of plain weights.
+            by timm; ``hf-hub:OWNER/NAME``; ``TIMM_NAME=FILE`` for a file of plain weights; or ``cifar10``, the weights
+            that come along.
 
     Raises:
         CheckpointError: If there is no such thing, it cannot be read, or ours cannot compute what it computes.
@@ -71,6 +72,8 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
                 f"{source}: plain weights do not say what model they are of; write TIMM_NAME={source}, or name the "
                 "folder with its config.json"
             ) from error
+    if text == "cifar10":
+        return load_checkpoint(Path(__file__).parent / "weights" / "cifar10.safetensors")
     if equals and timm.is_model(_architecture_name(name)):
         if not Path(file).is_file():
             raise CheckpointError(f"{file}: no such weights file")

@@ -207,13 +207,10 @@ def class_table(confusion: Tensor, names: Sequence[str], most: int = 30) -> Tabl
         table.add_column(column, justify="right")
     table.add_column("most often taken for")
     wrong = confusion.clone().fill_diagonal_(0)
-    for row in rows.tolist():
+    for row in map(int, rows):
         other = int(wrong[row].argmax())
         mistaken = f"{shown(names[other])} ({wrong[row, other] / images[row]:.1%})" if wrong[row, other] else ""
-        shares = (
-            f"{part / whole:.1%}" if whole else ""
-            for part, whole in ((right[row], images[row]), (right[row], given[row]))
-        )
+        shares = (f"{right[row] / whole:.1%}" if whole else "" for whole in (images[row], given[row]))
         table.add_row(escape(shown(names[row])), str(int(images[row])), *shares, escape(mistaken))
     return table
 

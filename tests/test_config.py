@@ -1,0 +1,47 @@
+"""A configuration file that cannot be used is refused in one line, with the file and the line in it."""
+
+from pathlib import Path
+
+import pytest
+
+import train
+from vit.config import ConfigError, check_config
+
+MISTAKES = {
+    "tab": (b"model:\n\tlr: 1\n", ", line 2: a tab, where YAML wants spaces"),
+    "twice": (b"model:\n  lr: 1\n  depth: 2\n  lr: 2\n", ", line 4: 'lr' is there twice"),
+    "twice at the top": (b"model: {}\ndata: {}\nmodel: {}\n", ", line 3: 'model' is there twice"),
+    "latin": ("model:\n  depth: 2 # grö\n".encode("latin-1"), ", line 2: no UTF-8; save the file as UTF-8"),
+    "open bracket": (b"model:\n  resolution: [[0.4, 0.5]\ndata: {}\n", ", line 3: "),
+    "empty": (b"", ": holds no settings"),
+    "a list": (b"- model\n", ": holds no settings"),
+    "control character": (b"model: \x00\n", ": no YAML ("),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_names_file_and_line(tmp_path, mistake):
+    content, message = MISTAKES[mistake]
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        check_config(path)
+    assert str(error.value).startswith(f"{path}{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_ours_are_good_and_merge_keys_are_no_repetition(tmp_path):
+    for path in Path(__file__).parent.parent.glob("configs/*.yaml"):
+        check_config(path)
+    path = tmp_path / "anchors.yaml"
+    path.write_text("model: &small\n  depth: 2\nmore:\n  <<: *small\n  depth: 3\n")
+    check_config(path)
+    check_config(tmp_path / "none.yaml")  # the parser says so
+
+
+@pytest.mark.parametrize("form", ["--config={}", "--config {}", "-c {}"])
+def test_train_looks_at_them(tmp_path, capsys, form):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model:\n\tlr: 1\n")
+    assert train.main(["fit", *form.format(path).split()]) == 2
+    assert f"train.py: {path}, line 2: a tab" in capsys.readouterr().err
