@@ -96,12 +96,11 @@ class ImageFiles:
         except ImageError as error:
             raise DataError(f"{self.path(index)}: {error}{ADVICE}") from None
 
-    def raw(self, index: int) -> Image.Image | None:
-        """One image as it is stored, if Pillow can read it."""
+    def stored(self, index: int) -> tuple[tuple[int, int], int | None] | None:
+        """Width and height of one image, and the largest value of one that holds 16 or 32 bits; None if unreadable."""
         try:
             with Image.open(self.path(index), formats=FORMATS) as image:
-                image.load()
-                return image
+                return image.size, int(np.asarray(image).max()) if image.mode.startswith("I") else None
         except Exception:  # which the check of all files has said
             return None
 

@@ -320,7 +320,7 @@ def decoded(
     files, labels = readable(files, labels, name=name, on_bad=on_bad, **cache)
     images = {split: cached_images(part, name=f"{name}-{split}", **cache) for split, part in files.items()}
     mean, std = cached_statistics(files["train"], images["train"], name=f"{name}-train", **cache)
-    hint_at_white(name, files["train"])
+    hint(name, files["train"])
     splits = {
         split: Split(images=images[split], labels=labels[split], files=part)
         for split, part in files.items()
@@ -329,21 +329,22 @@ def decoded(
     return Source(name=name, class_names=class_names, mean=mean, std=std, **splits)
 
 
-def hint_at_white(name: str, files: ImageFiles) -> None:
-    """Say so where 16-bit images leave most of their range empty: a camera's 12 bits would become 16 grey levels."""
-    if files.preprocess.white is not None:
-        return
-    some, largest = np.linspace(0, len(files) - 1, min(20, len(files))).astype(int), 0
-    for index in some:
-        image = files.raw(int(index))
-        if image is None or not image.mode.startswith("I"):
-            return
-        largest = max(largest, int(np.asarray(image).max()))
-    if 0 < largest < 2**14:
-        words = (
-            f"{name}: 16-bit images, but no value above {largest:,} in {len(some)} of them, so that they come out dark"
-        )
-        say_once(f"{words}; --data.white {2 ** largest.bit_length() - 1} takes that for white")
+def hint(name: str, files: ImageFiles) -> None:
+    """Say what one would hardly notice, by a few of the images: much of each is cut off, or they come out dark."""
+    some = np.linspace(0, len(files) - 1, min(20, len(files))).astype(int).tolist()
+    found = [stored for index in some if (stored := files.stored(index)) is not None]
+    sizes = {size for size, _ in found}
+    if len(sizes) == 1:
+        (width, height), (rows, columns) = sizes.pop(), files.preprocess.image_size
+        left, top, right, bottom = files.preprocess.box(width, height)
+        if (seen := (right - left) * (bottom - top) / (width * height)) < 0.75:
+            words = f"{name}: of images of {width}x{height} pixels the middle {seen:.0%} are seen, {columns}x{rows}"
+            say_once(f"{words}; --data.image_size '[{height}, {width}]' (or in that proportion) shows all of them")
+    values = [largest for _, largest in found if largest is not None]
+    # A camera's 12 bits in a file of 16 would become 16 grey levels.
+    if files.preprocess.white is None and values and len(values) == len(found) and 0 < max(values) < 2**14:
+        words = f"{name}: 16-bit images, but no value above {max(values):,} in {len(values)} of them, so that they come"
+        say_once(f"{words} out dark; --data.white {2 ** max(values).bit_length() - 1} takes that for white")
 
 
 def load_stream(

@@ -78,9 +78,9 @@ def decoded(monkeypatch) -> list[str]:
     calls = []
     original = data.cache.open_image
 
-    def counting(path, mode):
+    def counting(path, mode, **how):
         calls.append(path)
-        return original(path, mode)
+        return original(path, mode, **how)
 
     monkeypatch.setattr(data.cache, "open_image", counting)
     return calls
@@ -493,7 +493,9 @@ def test_nothing_is_printed_without_a_terminal(files, build, capfd, num_workers,
     monkeypatch.setattr(data.cache, "CHUNK", 1)
     if num_workers:  # C libraries write to the file descriptor
         original = data.cache.open_image
-        monkeypatch.setattr(data.cache, "open_image", lambda *args: (os.write(2, b"odd tag"), original(*args))[1])
+        monkeypatch.setattr(
+            data.cache, "open_image", lambda *args, **how: (os.write(2, b"odd tag"), original(*args, **how))[1]
+        )
     build(files, num_workers)
     assert capfd.readouterr() == ("", "")
 

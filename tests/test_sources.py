@@ -224,6 +224,21 @@ def test_a_camera_of_12_bits(tmp_path, load, capsys):
         load(tmp_path / "cells", white=0)
 
 
+def test_what_is_cut_off_is_said(tmp_path, load, capsys):
+    """A third of each, where all have one shape; nothing of photographs that have several, or of what fits."""
+    for i in range(8):
+        for name, width in (("same", 12), ("several", 12 + 4 * (i % 2))):
+            path = tmp_path / name / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (width, 8), (i, i, i)).save(path)
+    load(tmp_path / "same", image_size=6)
+    hint = "same: of images of 12x8 pixels the middle 67% are seen, 6x6; --data.image_size '[8, 12]'"
+    assert hint in capsys.readouterr().err
+    load(tmp_path / "same", image_size=(4, 6))
+    load(tmp_path / "several", image_size=6)
+    assert capsys.readouterr().err == ""
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path, load):
     make(tmp_path / "elsewhere", more=2)
     folder = make(tmp_path / "x", a=1, b=2)
