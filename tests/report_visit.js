@@ -7,6 +7,9 @@ const visit = () => {
   found.cards = $("list").children.length; found.path = $("path").textContent; found.facts = $("facts").textContent;
   found.bars = [...$("bars").children].map(b => b.textContent);
   found.strip = $("strip").querySelectorAll("button").length;
+  const head = $("strip").querySelector("canvas").getBoundingClientRect(); found.ratio = head.width / head.height;
+  found.cut = [...$("list").querySelectorAll("b")].filter(b => b.scrollWidth > b.clientWidth).map(b => b.textContent);
+  found.outside = [...$("list").querySelectorAll(".card")].filter(c => c.scrollWidth > c.clientWidth).length;
   found.rollout = shown(); found.said = read();
   press("m"); found.method = $("method").value; found.relevance = shown();
   [...$("bars").querySelectorAll("button")].find(b => !b.disabled && b.getAttribute("aria-pressed") === "false").click();
@@ -29,7 +32,9 @@ const visit = () => {
   const kinds = [...document.querySelectorAll(".kind")];
   found.classes = kinds.map(k => k.querySelector("h2").textContent); found.counted = $("count").textContent;
   found.hints = [...document.querySelectorAll(".hint")].map(h => h.textContent);
-  found.words = kinds[0].querySelector("p").textContent; found.examples = kinds.map(k => k.querySelectorAll(".card").length);
+  const told = kind => [...kind.querySelectorAll("p:not(.hint)")].map(p => p.textContent);
+  found.words = told(kinds[0]); found.never = told(kinds[2]); found.means = document.querySelectorAll(".kind > canvas").length;
+  found.examples = kinds.map(k => k.querySelectorAll(".card").length);
   found.defined = $("definitions").querySelectorAll("dt").length;
   found.asked = [getComputedStyle(document.querySelector("main")).display === "none", $("classes").hidden];
   found.wideClasses = document.documentElement.scrollWidth <= innerWidth;

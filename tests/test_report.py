@@ -1,6 +1,7 @@
 """The page: what is in it, that nothing leaves it, and that it works in a browser."""
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 from vit.checkpoint import Checkpoint
 from vit.preprocess import Preprocess
 from vit.report import COARSEST, TOP, write_report
+from vit.survey import SURVEYED
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck", "lorry", "van")
 ABOUT = Checkpoint(
@@ -51,6 +53,7 @@ def view(name: str = "cat", **changes: Any) -> dict[str, Any]:
         "name": name,
         "images": 40,
         "right": 0.75,
+        "folder": {"images": 1000, "right": 0.889, "taken for": ["dog", 0.066]},
         "mean": np.random.default_rng(0).random((4, 6)),
         "shares": {
             "border": {"mean": 0.5, "error": 0.01, "even": 0.6},
@@ -192,10 +195,23 @@ VISIT = f"<script>{(Path(__file__).parent / 'report_visit.js').read_text()}</scr
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("window", ["1280,900", "500,800"])
-def test_page_works_in_a_browser(tmp_path, window):
-    views = [view(hint="One place <b>counts</b>."), view("dog", right=None, shares={})]
-    page = write_report(tmp_path / "r.html", ABOUT, [entry(i) for i in range(3)], views)
+@pytest.mark.parametrize(
+    ("window", "total", "said"),
+    [
+        ("1280,900", 596, "3 of 596 images · "),
+        ("500,800", SURVEYED, "3 of the first 50,000 images · "),
+        ("500,800", 3, "3 images · "),
+    ],
+)
+def test_page_works_in_a_browser(tmp_path, window, total, said):
+    never = {"images": 0, "mean": None, "right": None, "shares": {}, "examples": {}}
+    views = [
+        view(hint="One place <b>counts</b>."),
+        view("dog", right=None, folder=None, shares={}),
+        view("ship", **never, folder={"images": 1, "right": 0.0, "taken for": ["cat", 1.0]}),
+    ]
+    long = entry(2, scores={"long-haired dachshund": 0.7, "Rhinozerosvogelfamilie": 0.3})
+    page = write_report(tmp_path / "r.html", ABOUT, [entry(0), entry(1), long], views, total)
     page.write_text(page.read_text("utf-8").replace("</html>", VISIT + "</html>"), encoding="utf-8")
     result = subprocess.run(
         [
@@ -213,12 +229,15 @@ def test_page_works_in_a_browser(tmp_path, window):
     assert "CONSOLE" not in result.stderr
     dumped = re.search(r'<pre id="found">(.*?)</pre>', result.stdout, re.DOTALL)
     assert dumped, result.stderr
-    found = json.loads(dumped[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    found = json.loads(html.unescape(dumped[1]).replace("\u00a0", " "))
     assert found["cards"] == 3
     assert found["path"].startswith("photos/0.jpg")
     assert "validation accuracy 82.1 %" in found["facts"]
+    assert found["facts"].startswith(said)
     assert len(found["bars"]) == TOP
     assert found["strip"] == 6
+    assert found["ratio"] == pytest.approx(6 / 4, rel=0.01)  # the grid's
+    assert (found["cut"], found["outside"]) == ([], 0)  # names are all there, and inside their cards
     assert found["said"] == "Shown: rollout."
     assert found["method"] == "relevance"
     assert len({found[k] for k in ("rollout", "relevance", "other", "sharp", "hovered", "headShown")}) == 6
@@ -232,12 +251,20 @@ def test_page_works_in_a_browser(tmp_path, window):
     assert found["next"].startswith("photos/1.jpg")
     assert found["before"].startswith("photos/0.jpg")
     assert found["found"] == 1
-    assert found["classes"] == ["cat", "dog"]
+    assert found["classes"] == ["cat", "dog", "ship"]
     assert found["counted"].startswith("80 images · maps by rollout")
     assert found["hints"] == ["Perhaps a shortcut. One place <b>counts</b>."]
-    assert found["words"] == "40 images · 75.0 % of them in the folder of this name"
-    assert found["examples"] == [3, 3]  # those that are on the page
-    assert found["defined"] == 7
+    assert found["words"] == [
+        "40 images · 75.0 % of them in the folder of this name",
+        "Of 1,000 in its folder 88.9 % recognised; most often taken for dog (6.6 %)",
+    ]
+    assert found["never"] == [
+        "no image is called so",
+        "Of 1 in its folder 0.0 % recognised; most often taken for cat (100.0 %)",
+    ]
+    assert found["means"] == 2
+    assert found["examples"] == [3, 3, 0]  # those that are on the page
+    assert found["defined"] == 8
     assert found["asked"] == [True, False]
     assert found["opened"] == ["photos/2.jpg", False, True]
     assert found["paper"] != found["otherPaper"]

@@ -1,5 +1,7 @@
 """The classes' figures by hand, and hints: at a planted shortcut, and nowhere else."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_figures_by_hand():
     centred[3, 4], cornered[0, 0] = 1, 1
     maps = torch.stack([centred, centred, centred, cornered])
     rows = [("x/cat/1.jpg", "cat", 0.9), ("x/cat/2.jpg", "cat", 0.5), ("dog/3.jpg", "cat", 0.7), ("4.jpg", "cat", 0.6)]
-    (view,) = filled(*rows, grids=maps).view()
+    view = filled(*rows, grids=maps).view()[0]
     assert (view["name"], view["images"], view["hint"]) == ("cat", 4, None)
     assert view["right"] == pytest.approx(2 / 3)  # of the three in a class's folder
     np.testing.assert_allclose(view["mean"], maps.mean(0))
@@ -57,7 +59,26 @@ def test_errors_are_the_surest_first_and_only_where_folders_tell():
     assert view["right"] is None
 
 
-def test_the_page_gets_the_examples_and_then_the_first_images():
+def test_what_became_of_the_images_in_a_folder():
+    """Of the class's own folder: how many are called so, and what most of the others are called."""
+    rows = [(f"cat/{i}.jpg", label, 0.9) for i, label in enumerate(["cat"] * 5 + ["ship"] * 2 + ["dog"] * 3)]
+    rows += [("dog/1.jpg", "dog", 0.9), ("x.jpg", "cat", 0.9), ("ship/1.jpg", "dog", 0.9), ("ship/2.jpg", "cat", 0.9)]
+    by_name = {view["name"]: view for view in filled(*rows).view()}
+    assert by_name["cat"]["folder"] == {"images": 10, "right": 0.5, "taken for": ["dog", 0.3]}
+    assert by_name["dog"]["folder"] == {"images": 1, "right": 1.0, "taken for": None}
+    assert by_name["ship"]["folder"] == {"images": 2, "right": 0.0, "taken for": ["cat", 0.5]}  # the first of equals
+    (view,) = filled(("somewhere/1.jpg", "dog", 0.8)).view()
+    assert view["folder"] is None
+
+
+def test_a_class_no_image_is_called_is_told_of_where_it_has_a_folder():
+    view = filled(("ship/1.jpg", "cat", 0.9), ("ship/2.jpg", "cat", 0.9), ("3.jpg", "cat", 0.9)).view()
+    assert [(v["name"], v["images"]) for v in view] == [("cat", 3), ("ship", 0)]
+    assert view[1]["folder"] == {"images": 2, "right": 0.0, "taken for": ["cat", 1.0]}
+    assert (view[1]["mean"], view[1]["shares"], view[1]["examples"], view[1]["hint"]) == (None, {}, {}, None)
+
+
+def test_the_page_gets_the_examples_and_then_an_even_sample():
     rows = [(f"{i}.jpg", "cat" if i < 20 else "dog", 0.9) for i in range(40)]
     survey = filled(*rows, grids=torch.rand(40, 8, 8))
     view = survey.view()
@@ -68,6 +89,23 @@ def test_the_page_gets_the_examples_and_then_the_first_images():
     assert examples <= set(chosen)
     assert chosen == sorted(chosen, key=lambda path: int(path[:-4]))
     assert survey.chosen(view, 100) == [path for path, *_ in rows]
+    assert survey.chosen([], 4) == ["5.jpg", "15.jpg", "25.jpg", "35.jpg"]
+    for number in range(1, 40):
+        assert len(survey.chosen(view, number)) == number
+
+
+def test_the_sample_has_each_class_in_its_share():
+    """Though folders come one after the other: 596 images, two thirds of them in the last folder."""
+    sizes = {"cat": 100, "dog": 100, "ship": 396}
+    rows = [(f"{name}/{i}.jpg", name, 0.9) for name, size in sizes.items() for i in range(size)]
+    survey = filled(*rows, grids=torch.rand(596, 8, 8))
+    assert survey.total == 596
+    chosen = survey.chosen(survey.view(), 200)
+    assert len(set(chosen)) == 200
+    for name, size in sizes.items():
+        assert sum(path.startswith(name) for path in chosen) == pytest.approx(200 * size / 596, abs=5)
+    places = [int(path[5:-4]) for path in chosen if path.startswith("ship")]
+    assert max(b - a for a, b in pairwise(places)) <= 4  # no part of it is left out
 
 
 def test_room_ends(monkeypatch):

@@ -22,7 +22,7 @@ from vit.survey import SURVEYED, Survey
 from vit.visualize import LARGEST, contact_sheet, overlay
 
 SHEET = 64  # images on the sheet
-REPORT = 200  # images in the report
+REPORT = 200  # images in the report: an even sample of those surveyed, with each class's examples
 THUMBNAIL = 448  # pixels; what is kept for the sheet is no larger, so that memory stays flat
 AT_ONCE = 8  # images whose attention in all layers is held at a time, for the report
 ASKED, LIKELY = 5, 0.02  # classes an image's report has maps for, at most; those above this probability, at least two
@@ -145,7 +145,7 @@ class Gallery:
             view = self.survey.view()
             entries = explored(self.predictor, self.survey.chosen(view, REPORT), self.method)
             with _named(self.report):
-                write_report(self.report, self.predictor.about, entries, view)
+                write_report(self.report, self.predictor.about, entries, view, self.survey.total)
 
     @staticmethod
     def _save(picture: Image.Image, file: str) -> None:

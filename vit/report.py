@@ -14,7 +14,7 @@ from PIL import Image
 
 from vit.checkpoint import Checkpoint
 from vit.records import shown
-from vit.survey import DEFINITIONS
+from vit.survey import DEFINITIONS, SURVEYED
 from vit.visualize import PIXELATED, color_table
 
 LONGEST = 448  # pixels of an image's longer side in the page; 200 photographs stay below 20 MiB with it
@@ -28,6 +28,7 @@ def write_report(
     about: Checkpoint,
     entries: Iterable[Mapping[str, Any]],
     classes: Sequence[Mapping[str, Any]] = (),
+    total: int = 0,
 ) -> Path:
     """Write the page; entries are taken one by one, so they may be made as they are written.
 
@@ -40,6 +41,7 @@ def write_report(
             ``attention`` with ``heads`` (layers, heads, grid height, grid width) and ``patches`` (grid height,
             grid width, grid height, grid width): what the pooled token and what each patch attends to.
         classes: What ``vit.survey.Survey.view`` says of each class; none for a page without that part.
+        total: How many images the entries were chosen from; 0 where they are all.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +51,8 @@ def write_report(
         file.write(f'{{"about":{_json(_about(about))},"colors":{_json(_base64(color_table()))},"entries":[')
         for i, entry in enumerate(entries):
             file.write(("," if i else "") + "\n" + _json(_entry(entry)))
-        file.write(
-            f'],"classes":{_json([_class(view) for view in classes])},"definitions":{_json(DEFINITIONS)}}}' + after
-        )
+        file.write(f'],"total":{total},"limit":{SURVEYED},"classes":{_json([_class(view) for view in classes])}')
+        file.write(f',"definitions":{_json(DEFINITIONS)}}}' + after)
     return path
 
 
@@ -73,7 +74,8 @@ def _about(about: Checkpoint) -> dict[str, Any]:
 
 def _class(view: Mapping[str, Any]) -> dict[str, Any]:
     examples = {kind: [shown(path) for path in paths] for kind, paths in view["examples"].items()}
-    return {**view, "mean": _grid(view["mean"]), "examples": examples}
+    mean = None if view["mean"] is None else _grid(view["mean"])
+    return {**view, "mean": mean, "examples": examples}
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:

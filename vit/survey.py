@@ -23,6 +23,7 @@ BORDER, SPOT = 1.1, 4.0  # times what is usual that the whole border may hold, a
 
 DEFINITIONS = {
     "images": "Images count for the class the model calls them, whatever they show.",
+    "recognised": "Share of the images in the folder of this name that the model calls so; then its commonest mistake.",
     "mean map": "The average of these images' maps, each of which sums to 1.",
     "border": "Share of the map on its outermost ring; the tick is the share of an even map.",
     "centre": "Share of the map on the middle half of its rows and columns; the tick is the share of an even map.",
@@ -74,13 +75,36 @@ class Survey:
         """The class whose name is that of the nearest folder with a class's name."""
         return next((self.number[part] for part in reversed(PurePath(path).parts[:-1]) if part in self.number), None)
 
+    @property
+    def total(self) -> int:
+        """Images taken in; one that was given twice counts once, as the page shows it once."""
+        return len(set(self.paths))
+
     def view(self) -> list[dict[str, Any]]:
-        """What the page says of each class: those with a hint first, then those with most images."""
+        """What the page says of each class: those with a hint first, then those with most images.
+
+        A class that no image is called has no map, but is told of where it has a folder: it is the worst recognised.
+        """
         labels = np.array(self.labels, dtype=int)
         maps = {c: torch.stack([self.maps[i] for i in np.flatnonzero(labels == c)]).float() for c in np.unique(labels)}
-        hints = find_hints(maps)
-        views = [self._view(c, np.flatnonzero(labels == c), maps[c], hints[c]) for c in maps]
+        hints, folders = find_hints(maps), self._folders(labels)
+        views: list[dict[str, Any]] = [self._view(c, np.flatnonzero(labels == c), maps[c], hints[c]) for c in maps]
+        nothing = {"images": 0, "right": None, "mean": None, "shares": {}, "hint": None, "examples": {}}
+        views += [{"name": self.class_names[c], **nothing} for c in folders if c not in maps]
+        views = [view | {"folder": folders.get(self.number[view["name"]])} for view in views]
         return sorted(views, key=lambda view: (view["hint"] is None, -view["images"]))[:CLASSES]
+
+    def _folders(self, labels: np.ndarray) -> dict[int, dict[str, Any]]:
+        """For each class with a folder: its images, the share called so, and what most others are called."""
+        truths = np.array([-1 if truth is None else truth for truth in self.truths], dtype=int)
+        folders = {}
+        for c in map(int, np.unique(truths[truths >= 0])):
+            called = np.bincount(labels[truths == c], minlength=len(self.class_names)) / (truths == c).sum()
+            right, called[c] = float(called[c]), 0
+            other = int(called.argmax())
+            taken = [self.class_names[other], float(called[other])] if called[other] else None
+            folders[c] = {"images": int((truths == c).sum()), "right": right, "taken for": taken}
+        return folders
 
     def _view(self, label: int, members: np.ndarray, maps: Tensor, hint: str | None) -> dict[str, Any]:
         mean = maps.mean(0)
@@ -105,10 +129,17 @@ class Survey:
         }
 
     def chosen(self, views: Iterable[Mapping[str, Any]], number: int) -> list[str]:
-        """Paths for the page, in their order: the classes' examples, then the first images as far as there is room."""
-        examples = [path for view in views for chosen in view["examples"].values() for path in chosen]
+        """Paths for the page, in their order: the classes' examples, and as many as there is room for of the others.
+
+        Those are an even sample: folders come one after the other, so the first images would be those of one class.
+        """
+        wanted = dict.fromkeys(path for view in views for chosen in view["examples"].values() for path in chosen)
+        examples = list(wanted)[:number]
         place = {path: i for i, path in enumerate(self.paths)}
-        return sorted(list(dict.fromkeys([*examples, *place]))[:number], key=place.__getitem__)
+        others = [path for path in place if path not in wanted]
+        room = min(number - len(examples), len(others))
+        sample = [others[(2 * i + 1) * len(others) // (2 * room)] for i in range(room)]
+        return sorted(examples + sample, key=place.__getitem__)
 
 
 def coarse(grid: Tensor) -> Tensor:
