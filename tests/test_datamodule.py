@@ -375,6 +375,7 @@ def test_share_of_the_run_that_is_done(limits, shares):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_real_gpu_sees_what_a_cpu_sees(digits):
     """The same slices, and after augmentation the same images but for rounding; without a wait (torch checks)."""
     modules = [ImageDataModule(dataset="digits", batch_size=100, augment=EVERYTHING) for _ in range(2)]
