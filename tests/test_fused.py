@@ -98,6 +98,16 @@ def test_compiles_for_a_gpu_that_is_not_here(capability, dtype, tmp_path, monkey
     )  # tensor cores, but not for float32, which they would round
 
 
+@pytest.fixture
+def unrounded(monkeypatch):
+    """Float32 as it is: a GPU rounds the factors of convolutions to ten bits, and of products once train.py has run."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def test_is_not_for_a_cpu():
     model, images = example("mean")
     assert not fusable(model, images)
@@ -106,8 +116,7 @@ def test_is_not_for_a_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_real_gpu_shows_what_a_cpu_shows(name, dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions would round to ten bits
+def test_a_real_gpu_shows_what_a_cpu_shows(name, dtype, unrounded):
     model, images = example(name)
     logits, maps = attention_map(model.double(), images.double())
     model, images = model.float().cuda(), images.cuda()
