@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from vit.model import VisionTransformer
 
 MEMORY = 2**29  # bytes of attention weights, or of what lrp keeps, to hold; a batch that needs more goes in parts
+GPU_MEMORY = 8  # times as much on a GPU, idle with few images; fixed, as the parts show in the last digits of a map
 Target = int | Sequence[int] | Tensor  # a class for all images, or one for each
 
 
@@ -407,7 +408,7 @@ def _classes(value: Target | None, model: VisionTransformer, images: Tensor) -> 
 
 
 def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int:
-    """Images to take at a time, so that what is held of them stays within MEMORY.
+    """Images to take at a time, so that what is held of them stays within MEMORY, or GPU_MEMORY times that.
 
     Args:
         model: The model.
@@ -421,7 +422,8 @@ def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int
     # usual MLP: queries, keys, values before and after their norms, what is attended to, slopes.
     held = {"relevance": 4 * heads * depth * tokens, "lrp": 12 * depth * width, "fused": 3 * depth * width}
     matrices = 0 if way == "fused" else depth * tokens
-    return max(1, MEMORY // (4 * tokens * (held.get(way, 4 * heads * tokens) + matrices)))
+    memory = MEMORY * GPU_MEMORY if model.pos_embed.is_cuda else MEMORY
+    return max(1, memory // (4 * tokens * (held.get(way, 4 * heads * tokens) + matrices)))
 
 
 def _normalized(rows: Tensor) -> Tensor:
