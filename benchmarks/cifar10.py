@@ -24,10 +24,8 @@ BATCH = 500
 
 
 def precisions(checkpoint: str, images: list[Path]) -> dict[str, float]:
-    """Labels and scores of predict.py, which on a CPU computes in bfloat16, beside those in float32."""
-    fast, exact = (
-        Predictor.from_checkpoint(checkpoint, device="cpu", precision=name) for name in ("bfloat16", "float32")
-    )
+    """Labels and scores of predict.py, which computes in bfloat16 where that is fast, beside those in float32."""
+    fast, exact = (Predictor.from_checkpoint(checkpoint, precision=name) for name in ("bfloat16", "float32"))
     same, difference = 0, 0.0
     for a, b in zip(fast.predict_iter(images), exact.predict_iter(images), strict=True):
         assert isinstance(a, Prediction)
@@ -42,7 +40,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="vit/weights/cifar10.safetensors", help="default: the shipped weights")
     parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="cifar10, or a folder of it")
     args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, about = load_checkpoint(args.checkpoint)
+    model.to(device)
     source = load_source(args.data)
     assert source.test is not None
     labels, classes = source.test.labels, len(about.class_names)
@@ -53,8 +53,8 @@ def main() -> None:
         parts = []
         with torch.inference_mode():
             for chunk in torch.arange(len(labels)).split(BATCH):
-                images = about.preprocess.normalize(source.test.images[chunk])  # type: ignore[union-attr]
-                parts.append(model(images.flip(-1) if flip else images))
+                images = about.preprocess.normalize(source.test.images[chunk].to(device))  # type: ignore[union-attr]
+                parts.append(model(images.flip(-1) if flip else images).cpu())
         return torch.cat(parts)
 
     plain = logits(flip=False)
