@@ -117,7 +117,7 @@ def train(model: nn.Module, network: Any, module: ImageDataModule, device: torch
     times = [now(device)]
     model.train()
     for batch in islice(epochs_of(module, device, steps / len(module.order)), steps):
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # as under Lightning
             loss = F.cross_entropy(network(batch.images).float(), batch.labels, label_smoothing=0.1)
         loss.backward()
         optimizer.step()
@@ -140,6 +140,20 @@ def outcome(model: nn.Module, module: ImageDataModule, times: list[float], devic
     }
 
 
+def line(what: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A way's line of the table, from the runs of its seeds."""
+    middle = {name: statistics.median(one[name] for one in runs) for name in runs[0]}
+    return {
+        "what": what,
+        "epochs": round(middle["epochs"]),
+        "minutes": round(middle["minutes"], 2),
+        "compiling (s)": round(max(one["compiling"] for one in runs), 1),  # later runs need not
+        "images/s": round(middle["images/s"]),
+        "accuracy": round(statistics.mean(one["accuracy"] for one in runs), 4),
+        "of the seeds": " ".join(f"{one['accuracy']:.2%}" for one in runs),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/cifar10.yaml")
@@ -150,29 +164,26 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="measure on a held-out tenth instead of the test images")
     parser.add_argument("--name", default="race", help="of the result file")
     options, options.more = parser.parse_known_args()
+    if options.control:
+        try:  # now rather than after hours
+            import_module("vit_pytorch.cct")
+        except ImportError as error:
+            parser.error(f"the control needs the package vit-pytorch ({error}): install it, or pass --no-control")
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     rows: list[dict[str, Any]] = []
 
     def add(what: str, run: Callable[[int], dict[str, Any]]) -> float:
-        """All seeds of a way; a line, saved at once, as the time on the device may end; the minutes."""
-        runs = [run(seed) for seed in range(options.seeds)]
-        middle = {name: statistics.median(one[name] for one in runs) for name in runs[0]}
-        rows.append(
-            {
-                "what": what,
-                "epochs": round(middle["epochs"]),
-                "minutes": round(middle["minutes"], 2),
-                "compiling (s)": round(max(one["compiling"] for one in runs), 1),  # later runs need not
-                "images/s": round(middle["images/s"]),
-                "accuracy": round(statistics.mean(one["accuracy"] for one in runs), 4),
-                "of the seeds": " ".join(f"{one['accuracy']:.2%}" for one in runs),
-            }
-        )
+        """All seeds of a way; a line, saved anew after each, as the time on the device may end; the minutes."""
         facts = {"config": options.config, "seeds": options.seeds, "data": os.path.basename(options.data)}
-        record(options.name, rows, images="held out" if options.choose else "test", **facts)
-        return middle["minutes"]
+        runs: list[dict[str, Any]] = []
+        rows.append({})
+        for seed in range(options.seeds):
+            runs.append(run(seed))
+            rows[-1] = line(what, runs)
+            record(options.name, rows, images="held out" if options.choose else "test", **facts)
+        return statistics.median(one["minutes"] for one in runs)
 
     minutes = 0.0
     for epochs in options.epochs:

@@ -1,4 +1,8 @@
-"""Where and with what a figure was measured: every benchmark writes its rows to ``benchmarks/results`` through here."""
+"""Where and with what a figure was measured: every benchmark writes its rows to ``benchmarks/results`` through here.
+
+Where the environment variable BENCHMARK_RESULTS names a folder, they go there: a machine may keep nothing that is
+written into the repository.
+"""
 
 import json
 import os
@@ -12,7 +16,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 PACKAGES = ("torch", "torchvision", "timm", "lightning", "pillow")
 
 
@@ -42,7 +46,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def record(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
-    """Write a benchmark's figures and how they came about to ``benchmarks/results/NAME.json``.
+    """Write a benchmark's figures and how they came about to NAME.json in the folder of the results.
 
     Args:
         name: Of the benchmark.
@@ -50,6 +54,6 @@ def record(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
         facts: What else a reader must know: units, repetitions, seeds.
     """
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**circumstances(), **facts, "rows": rows}, indent=1) + "\n")
     return path
