@@ -7,6 +7,9 @@ ImageFolder and transforms in worker processes. Shows how long steps wait for da
 Lightning adds to a step, what share of the matrix products' speed, measured in the same run, a step reaches, and how
 many minutes the config takes.
 
+On a GPU, where every model has to be compiled for every resolution, timm's takes part at full resolution alone, and in
+the config's precision alone.
+
 Further arguments change the config, as in train.py: ``--model.embed_dim 384``. ``--grow`` instead shows how it grows:
 image size (64 tokens each), batch, workers, processes.
 """
@@ -134,7 +137,7 @@ def held_at(model: ViTClassifier, factor: float) -> ViTClassifier:
 
 def bare_trainer(cli: Any, callback: Callback, **limits: Any) -> Trainer:
     """Lightning's trainer as the config has it, but nothing validated, logged or saved."""
-    names = ("accelerator", "devices", "strategy", "precision", "gradient_clip_val")
+    names = ("accelerator", "devices", "strategy", "precision", "gradient_clip_val", "benchmark")
     return Trainer(
         **{name: cli.config.trainer[name] for name in names},
         **limits,
@@ -174,7 +177,8 @@ def loop(
 ) -> Speed:
     """Training without any framework: the least that a step can take."""
     device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    # Without the cache, as Lightning has it: a compiled network depends on it and would be compiled a second time.
+    autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
     starts, ready = [moment(device)], []
     model.train()
     for images, labels in islice(batches, sum(steps_of(device))):
@@ -316,11 +320,12 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
             "this project, under Lightning": partial(under_lightning, cli, model),
             "the same steps, bare loop": partial(ours, same_data),
             "our model, one batch": partial(ours, one_batch),
-            "timm's model, one batch": partial(timm, one_batch, bf16),
         }
+        if factor == 1 or device.type == "cpu":
+            ways["timm's model, one batch"] = partial(timm, one_batch, bf16)
         if factor == 1 and Path(dataset).is_dir():
             folder = Path(dataset) / "train"
-            for precision in {bf16, False}:
+            for precision in {bf16, False} if device.type == "cpu" else {bf16}:
                 name = f"timm + torchvision, {workers} workers" + (", bf16" if precision else ", fp32")
                 ways[name] = partial(timm, partial(worker_batches, folder, size, batch, workers, device), precision)
         taken: dict[str, list[Speed]] = {name: [] for name in ways}
@@ -404,20 +409,21 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="times that each is measured; the median counts")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of torchvision's pipeline")
     parser.add_argument("--grow", action="store_true", help="other image sizes, batches, workers and processes")
+    parser.add_argument("--name", help="of the result file; default: train_speed, or with --grow train_growth")
     options, more = parser.parse_known_args()
     quiet()
     torch.set_float32_matmul_precision("high")  # as train.py does
     if options.grow:
         rows = growth(options.config, options.data)
         show(rows)
-        print(record("train_growth", rows, config=options.config))
+        print(record(options.name or "train_growth", rows, config=options.config))
         return
     cli = load(options.config, options.data, *more)
     rows, minutes = compare(cli, options.data, options.turns, options.workers)
     show(rows)
     print(f"the whole config: {minutes:.1f} minutes without validation")
     facts = {"config": options.config, "batch": cli.datamodule.batch_size, "turns": options.turns}
-    print(record("train_speed", rows, **facts, minutes=round(minutes, 1)))
+    print(record(options.name or "train_speed", rows, **facts, minutes=round(minutes, 1)))
 
 
 if __name__ == "__main__":
