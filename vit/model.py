@@ -81,8 +81,11 @@ class Attention(nn.Module):
     def heads(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the first tokens, or all, and keys and values of all tokens, for each head."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q[:, :, :first]), self.k_norm(k), v  # (B, h, first or N, d), (B, h, N, d) twice
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).unbind(2)  # (B, N, h, d)
+        # Heads come forward after the norms, which write anew: a GPU's kernel lays its output out like the queries, and
+        # so leaves the heads of a token side by side, where merge needs them.
+        q, k = self.q_norm(q[:, :first]), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, h, first or N, d), (B, h, N, d) twice
 
     def merge(self, x: Tensor) -> Tensor:
         """Heads side by side again, through the output projection."""
