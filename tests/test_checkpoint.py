@@ -227,9 +227,22 @@ def test_header_with_flipped_bytes_never_ends_in_a_traceback(path, model):
     assert refused > 200
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_file(tmp_path):
     assert refusal(tmp_path / "nowhere.safetensors") == "no such checkpoint file"
-    assert refusal(tmp_path) == "no such checkpoint file"
+
+
+def test_of_a_folder_it_says_what_to_give(tmp_path, path):
+    assert refusal(tmp_path) == f"a folder, not a checkpoint file; give {path}"
+    path.rename(tmp_path / "last.ckpt")
+    assert refusal(tmp_path).endswith(f"; give {tmp_path / 'last.ckpt'}")
+    (tmp_path / "last.ckpt").unlink()
+    assert refusal(tmp_path) == "a folder, not a checkpoint file"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights.pth", "model"])
+def test_of_another_kind_of_file_it_says_which_are_read(tmp_path, name):
+    (tmp_path / name).write_bytes(random.Random(0).randbytes(1000))
+    assert refusal(tmp_path / name).endswith("only .safetensors files and the .ckpt files of train.py are read")
 
 
 # Weights that do not fit ----------------------------------------------------------------------------------------------

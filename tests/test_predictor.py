@@ -7,8 +7,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 
 import vit
 from vit import Explanation, Prediction, Predictor
@@ -227,6 +229,16 @@ def test_what_cannot_be_built_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("vit.predictor.SHIPPED", tmp_path / "gone.safetensors")
     with pytest.raises(CheckpointError, match=r"gone\.safetensors: the weights that come with the code are missing"):
         Predictor.from_checkpoint()
+
+
+def test_a_folder_of_timm_is_refused_with_the_call_that_reads_it(tmp_path):
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=3, depth=1, num_classes=3)
+    save_for_hf(theirs, str(tmp_path), model_config={"label_names": list(NAMES)}, safe_serialization=True)
+    with pytest.raises(CheckpointError) as caught:
+        Predictor.from_checkpoint(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: a folder as timm keeps it, ")
+    call = str(caught.value).rpartition(" ")[2]
+    assert eval(call).class_names == NAMES
 
 
 def test_a_model_that_gives_no_numbers_is_an_error(predictor):

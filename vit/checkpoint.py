@@ -110,12 +110,14 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
 
     Raises:
         CheckpointError: If the file is missing, truncated, of a newer format, a pickle with code in it, or its
-            weights do not fit the architecture it names.
+            weights do not fit the architecture it names; of a folder it says what to give instead.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
     try:
+        if path.is_dir():
+            raise CheckpointError(_of_folder(path))
+        if not path.is_file():
+            raise CheckpointError("no such checkpoint file")
         weights, about = _read_ckpt(path) if path.suffix == ".ckpt" else _read_safetensors(path)
         model = _build(about, weights)
     except CheckpointError as error:
@@ -127,6 +129,15 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     return model, about
 
 
+def _of_folder(folder: Path) -> str:
+    """What to give instead of it."""
+    if (folder / "config.json").is_file():  # beside it lies a model.safetensors of timm's
+        return f'a folder as timm keeps it, not a checkpoint file; it is read by Predictor.from_timm("{folder}")'
+    files = (folder / name for name in ("model.safetensors", "best.ckpt", "last.ckpt"))
+    found = next((file for file in files if file.is_file()), None)
+    return "a folder, not a checkpoint file" + (f"; give {found}" if found else "")
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
     try:
         with safe_open(path, "pt") as file:
@@ -136,6 +147,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
             about = _description(json.loads(metadata[KEY]))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
+        if path.suffix != ".safetensors":
+            kinds = "only .safetensors files and the .ckpt files of train.py are read"
+            raise CheckpointError(f"not a checkpoint of this project; {kinds}") from error
         raise CheckpointError(f"not a safetensors file, or a truncated one ({_line(error)})") from error
 
 
