@@ -88,6 +88,63 @@ def test_path_file_and_image_are_one(predictor, tmp_path):
         assert predictor.predict(source) == expected
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_array_is_the_image_of_its_file(predictor, tmp_path, mode, dtype):
+    (image,) = pictures(1)
+    image = image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(image.getchannel("R"))
+    image.save(tmp_path / "a.png")
+    array = np.asarray(image).astype(dtype) * (257 if dtype == np.uint16 else 1)
+    expected = predictor.predict(tmp_path / "a.png")
+    for same in [array, *([array[..., None]] if mode == "L" else []), np.asfortranarray(array)]:
+        before = same.copy()
+        assert predictor.predict(same) == expected
+        np.testing.assert_array_equal(same, before)
+    assert list(predictor.predict_iter(np.stack([array, array]))) == list(predictor.predict_iter([image, image]))
+    np.testing.assert_array_equal(predictor.explain(array).grid, predictor.explain(tmp_path / "a.png").grid)
+
+
+def test_an_array_of_16_bit_colour_is_the_image_of_its_file(predictor, tmp_path):
+    array = np.random.default_rng(0).integers(0, 2**16, (20, 30, 3), dtype=np.uint16)
+    (tmp_path / "a.ppm").write_bytes(b"P6 30 20 65535\n" + array.astype(">u2").tobytes())
+    assert predictor.predict(array) == predictor.predict(tmp_path / "a.ppm")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (None, "not NoneType"),
+        (b"\x89PNG", "not bytes"),
+        (io.StringIO("text"), "not StringIO"),
+        (torch.zeros(3, 8, 8), "not Tensor"),
+        (["a.png", "b.png"], "not list; predict_iter takes many images"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "not an array of uint8 (2, 8, 8, 3); predict_iter takes many images"),
+        (np.zeros((8, 8, 3)), "not an array of float64 (8, 8, 3)"),
+        (np.zeros((3, 8, 8), np.uint8), "not an array of uint8 (3, 8, 8)"),
+        (np.zeros((0, 8), np.uint8), "not an array of uint8 (0, 8)"),
+        (np.zeros(8, np.uint8), "not an array of uint8 (8,)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_image_is_told_what_is(predictor, given, named):
+    for ask in (predictor.predict, predictor.explain):
+        with pytest.raises(ImageError) as caught:
+            ask(given)
+        assert str(caught.value).startswith("an image is a path, a file opened in binary mode, a Pillow image, or an ")
+        assert str(caught.value).endswith(f", {named}")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "one", ["photo.jpg", np.zeros((8, 8), np.uint8), np.zeros((8, 9, 3), np.uint8)], ids=["path", "L", "RGB"]
+)
+def test_one_image_is_not_taken_for_many(predictor, one):
+    with pytest.raises(ValueError, match="predict takes one"):
+        next(predictor.predict_iter(one))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_a_stream_keeps_order_and_goes_on_behind_failures(batch_size, predictor, tmp_path):
     images = pictures(5)

@@ -1,5 +1,6 @@
 """Classify images with one file of weights: one at a time, a stream of them, or with a map of what counted."""
 
+import io
 import logging
 import os
 from collections import deque
@@ -9,8 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,10 +22,8 @@ from vit.inputs import Unreadable
 from vit.model import VisionTransformer
 from vit.preprocess import ImageError, open_image
 
-if TYPE_CHECKING:
-    import numpy as np
-
-Source = str | Path | IO[bytes] | Image.Image
+File = str | Path | IO[bytes] | Image.Image
+Source = File | np.ndarray
 Precision = Literal["auto", "float32", "bfloat16"]
 T = TypeVar("T")
 
@@ -67,12 +67,12 @@ class Explanation:
     prediction: Prediction
     target: str
     method: str
-    grid: "np.ndarray"
+    grid: np.ndarray
     image: Image.Image
     box: tuple[float, float, float, float]
 
     @property
-    def map(self) -> "np.ndarray":
+    def map(self) -> np.ndarray:
         """The grid in [0, 1], smoothly enlarged to the pixels (H, W) of the box."""
         from vit.visualize import enlarged
 
@@ -194,10 +194,11 @@ class Predictor:
         """What one image shows.
 
         Args:
-            image: Path, binary file, or an image opened by Pillow.
+            image: Path, binary file, an image opened by Pillow, or its pixels as an array of uint8 or uint16: (H, W) or
+                (H, W, channels), which are 1, 3 in the order red, green, blue, or 4 with opacity last.
 
         Raises:
-            ImageError: If it cannot be read.
+            ImageError: If it cannot be read, or is none of these.
         """
         (result,) = self.predict_iter([image])
         if isinstance(result, ImageError):
@@ -212,10 +213,15 @@ class Predictor:
         An image that cannot be read gives the ImageError that says why, in its place, and the stream goes on.
 
         Args:
-            images: Paths, binary files, or images opened by Pillow.
+            images: Each as for ``predict``.
             batch_size: Images computed at once; none for one that suits the device.
             workers: Threads that decode; none for one that suits the machine.
+
+        Raises:
+            ValueError: If it is given one image, whose letters or rows it would take for images.
         """
+        if isinstance(images, str) or (isinstance(images, np.ndarray) and is_picture(images)):
+            raise ValueError("predict_iter takes many images, in a list or the like; predict takes one")
         for batch in self.classify(batches(images, batch_size or self.batch_size), workers=workers):
             rows = iter(batch.scores)
             for source, error in zip(batch.sources, batch.errors, strict=True):
@@ -227,14 +233,14 @@ class Predictor:
         """What one image shows, and which parts of it counted; both from the same pass.
 
         Args:
-            image: Path, binary file, or an image opened by Pillow.
+            image: As for ``predict``.
             target: Class the map is about; none for the predicted one.
             method: A name in ``vit.rollout.METHODS``; none for ``rollout``, or where a class is named for
                 ``CLASS_METHOD`` there, since rollout is the same for every class.
             against: Class to set the target against: what speaks for the one rather than for the other.
 
         Raises:
-            ImageError: If it cannot be read.
+            ImageError: As ``predict``.
             ValueError: If there is no such class or method.
         """
         from vit.rollout import CLASS_METHOD
@@ -242,7 +248,7 @@ class Predictor:
         target_index, against_index = self._number(target), self._number(against)
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
         try:
-            opened = open_image(image, self.preprocess.mode, white=self.preprocess.white)
+            opened = open_image(as_file(image), self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
             raise _named(image, error) from error
         scores, grids = self.mapped(self.preprocess(opened)[None], method, target_index, against_index)
@@ -296,7 +302,7 @@ class Predictor:
         if isinstance(source, Unreadable):
             return ImageError(source.error)
         try:
-            return self.preprocess.load(source)
+            return self.preprocess.load(as_file(source))
         except ImageError as error:
             return error
 
@@ -420,6 +426,45 @@ class Predictor:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def as_file(source: Source) -> File:
+    """The source as ``open_image`` takes it: an array as a Pillow image, which then goes the way of one from a file.
+
+    Args:
+        source: Whatever the user gave.
+
+    Raises:
+        ImageError: If it is no source, or an array that is no picture.
+    """
+    if isinstance(source, np.ndarray):
+        if is_picture(source):
+            return picture(source)
+        given, many = f"an array of {source.dtype} {source.shape}", source.ndim == 4
+    else:
+        readable = hasattr(source, "read") and not isinstance(source, io.TextIOBase)
+        if readable or isinstance(source, str | os.PathLike | Image.Image):
+            return source
+        given, many = type(source).__name__, isinstance(source, list | tuple)
+    raise ImageError(
+        "an image is a path, a file opened in binary mode, a Pillow image, or an array of uint8 or uint16 (H, W) or "
+        f"(H, W, 1, 3 or 4), not {given}" + ("; predict_iter takes many images" if many else "")
+    )
+
+
+def is_picture(array: np.ndarray) -> bool:
+    """Whether the array is the pixels of one image."""
+    shaped = array.ndim >= 2 and array.size and array.shape[2:] in ((), (1,), (3,), (4,))
+    return bool(shaped and array.dtype in (np.uint8, np.uint16))
+
+
+def picture(array: np.ndarray) -> Image.Image:
+    """The Pillow image of an array for which ``is_picture``."""
+    if array.shape[2:] == (1,):
+        array = array[..., 0]
+    if array.ndim == 3 and array.dtype == np.uint16:  # Pillow has no colour of 16 bits; of files it makes 8 too
+        array = (array / 257).round().astype(np.uint8)
+    return Image.fromarray(array)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
