@@ -255,7 +255,8 @@ def test_explanation_of_a_class(predictor):
     assert not np.allclose(maps["cat"].grid, maps["dog"].grid)
     contrast = predictor.explain(image, target="cat", against="dog")
     assert not np.allclose(contrast.grid, maps["cat"].grid)
-    assert contrast.target == "cat"
+    assert (contrast.target, contrast.against) == ("cat", "dog")
+    assert contrast.caption == f"cat, not dog {contrast.prediction.scores['cat']:.1%} · {CLASS_METHOD}"
     with pytest.raises(ValueError, match="no class 'horse'"):
         predictor.explain(image, target="cat", against="horse")
     assert maps["cat"].caption == f"cat {maps['cat'].prediction.scores['cat']:.1%} · {maps['cat'].method}"
@@ -265,6 +266,28 @@ def test_explanation_of_a_class(predictor):
         predictor.explain(image, method="magic")
     with pytest.raises(ImageError, match="nowhere: no such file"):
         predictor.explain("nowhere")
+
+
+def test_a_class_is_not_set_against_itself(predictor):
+    (image,) = pictures(1)
+    with pytest.raises(ValueError, match="target and against are both 'cat'; a class can only be"):
+        predictor.explain(image, target="cat", against="cat")
+    label = predictor.predict(image).label
+    with pytest.raises(ValueError, match=f"against is '{label}', which is the predicted class; name another one"):
+        predictor.explain(image, against=label)
+
+
+def test_a_notebook_shows_one_line_or_the_picture(tmp_path):
+    path = checkpoint(tmp_path / "model.safetensors")
+    predictor = Predictor.from_checkpoint(path, device="cpu")
+    assert repr(predictor) == f"<Predictor {path}: 3 classes, 16 x 24 pixels, cpu>"
+    direct = Predictor(predictor.model, predictor.about, device="cpu")
+    assert repr(direct) == "<Predictor: 3 classes, 16 x 24 pixels, cpu>"
+    explanation = predictor.explain(pictures(1)[0], target="cat", against="dog")
+    assert repr(explanation) == f"<Explanation {explanation.caption}: 2 x 3 patches>"
+    with Image.open(io.BytesIO(explanation._repr_png_() or b"")) as shown:
+        assert shown.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(explanation.overlay()))
 
 
 def test_what_cannot_be_built_is_said_in_one_line(tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ class Explanation:
         grid: Weight of each patch (grid height, grid width), non-negative, summing to 1.
         image: The image as a person sees it.
         box: The part (left, top, right, bottom) of it that the model saw, in pixels.
+        against: The class that the target was set against, if there is one.
     """
 
     prediction: Prediction
@@ -70,6 +71,15 @@ class Explanation:
     grid: np.ndarray
     image: Image.Image
     box: tuple[float, float, float, float]
+    against: str | None = None
+
+    def __repr__(self) -> str:
+        height, width = self.grid.shape
+        return f"<Explanation {self.caption}: {height} x {width} patches>"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.overlay()._repr_png_()
 
     @property
     def map(self) -> np.ndarray:
@@ -81,8 +91,9 @@ class Explanation:
 
     @property
     def caption(self) -> str:
-        """The target, its probability, and how the map was made."""
-        return f"{self.target} {self.prediction.scores[self.target]:.1%} · {self.method}"
+        """The target, what it was set against, its probability, and how the map was made."""
+        other = "" if self.against is None else f", not {self.against}"
+        return f"{self.target}{other} {self.prediction.scores[self.target]:.1%} · {self.method}"
 
     def overlay(self) -> Image.Image:
         """A picture of image, map and caption."""
@@ -122,13 +133,20 @@ class Predictor:
         precision: ``float32``; ``bfloat16``, faster and to about two digits of a score, with the same predicted label,
             as close calls are decided in float32; or ``auto``: bfloat16 where the hardware has it. Maps are always
             computed in float32.
+        name: Of the weights, for its repr.
 
     Raises:
         ValueError: If there is no such device or precision, or the model does not take images of 1 or 3 channels.
     """
 
     def __init__(
-        self, model: VisionTransformer, about: Checkpoint, *, device: str = "auto", precision: Precision = "float32"
+        self,
+        model: VisionTransformer,
+        about: Checkpoint,
+        *,
+        device: str = "auto",
+        precision: Precision = "float32",
+        name: str = "",
     ):
         if precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
@@ -139,12 +157,17 @@ class Predictor:
         except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).splitlines()[0].split(". ")[0].rstrip(".!")  # some lines are a screenful
             raise ValueError(f"device {device!r} cannot be used: {reason}; {DEVICES}") from error
-        self.about, self.preprocess = about, about.preprocess
+        self.name, self.about, self.preprocess = name, about, about.preprocess
         _ = self.preprocess.mode  # refuses other numbers of channels
         self.class_names = about.class_names
         self.precision = ("bfloat16" if _has_bfloat16(self.device) else "float32") if precision == "auto" else precision
         self.batch_size = BATCH_SIZE.get(self.device.type, 64)
         self._compiled: Callable[[Tensor], Tensor] | None = None
+
+    def __repr__(self) -> str:
+        height, width = self.preprocess.image_size
+        name = f" {self.name}" if self.name else ""
+        return f"<Predictor{name}: {len(self.class_names)} classes, {height} x {width} pixels, {self.device}>"
 
     @classmethod
     def from_checkpoint(
@@ -168,7 +191,7 @@ class Predictor:
             about.preprocess.mode  # noqa: B018 (raises)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        return cls(model, about, device=device, precision=precision)
+        return cls(model, about, device=device, precision=precision, name=str(path))
 
     @classmethod
     def from_timm(cls, name: str, *, device: str = "auto", precision: Precision = "float32") -> "Predictor":
@@ -188,7 +211,7 @@ class Predictor:
         model, about = load_pretrained(name)
         if not about.class_names:
             raise CheckpointError(f"{name}: a backbone without classes; fine-tune it with --model.pretrained {name}")
-        return cls(model, about, device=device, precision=precision)
+        return cls(model, about, device=device, precision=precision, name=str(name))
 
     def predict(self, image: Source) -> Prediction:
         """What one image shows.
@@ -241,11 +264,13 @@ class Predictor:
 
         Raises:
             ImageError: As ``predict``.
-            ValueError: If there is no such class or method.
+            ValueError: If there is no such class or method, or a class is set against itself.
         """
         from vit.rollout import CLASS_METHOD
 
         target_index, against_index = self._number(target), self._number(against)
+        if target is not None and target == against:
+            raise ValueError(f"target and against are both {target!r}; a class can only be set against another one")
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
         try:
             opened = open_image(as_file(image), self.preprocess.mode, white=self.preprocess.white)
@@ -253,8 +278,10 @@ class Predictor:
             raise _named(image, error) from error
         scores, grids = self.mapped(self.preprocess(opened)[None], method, target_index, against_index)
         prediction = self.prediction(scores[0])
+        if prediction.label == against and target is None:
+            raise ValueError(f"against is {against!r}, which is the predicted class; name another one as target")
         box = self.preprocess.box(*opened.size)
-        return Explanation(prediction, target or prediction.label, method, grids[0].numpy(), opened, box)
+        return Explanation(prediction, target or prediction.label, method, grids[0].numpy(), opened, box, against)
 
     def _number(self, name: str | None) -> int | None:
         """The class of this name."""
