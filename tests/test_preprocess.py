@@ -191,12 +191,38 @@ def test_what_is_no_file_is_said_in_one_line(tmp_path):
         "pipe.png": "not a regular file",
         "folder.png": "a folder, not an image file",
         "loop.png": "symbolic links",
-        "empty.png": "not an image of a known format",
+        "empty.png": "^empty file$",
         "nul\0.png": "null",
     }.items():
         with pytest.raises(ImageError, match=message) as caught:
             open_image(f"{tmp_path}/{name}")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty file"),
+        (b"II*\0\x08", "a TIFF that is cut off or of a kind that cannot be read"),
+        (b"MM\0*" + bytes(100), "a TIFF that is cut off or of a kind that cannot be read"),
+        (b"II*", f"not an image of a known format ({', '.join(FORMATS)})"),
+    ],
+)
+def test_a_file_that_nothing_knows_is_told_by_its_beginning(tmp_path, data, message):
+    (tmp_path / "a.tif").write_bytes(data)
+    for source in (tmp_path / "a.tif", str(tmp_path / "a.tif"), io.BytesIO(data)):
+        with pytest.raises(ImageError) as caught:
+            open_image(source)
+        assert str(caught.value) == message
+
+
+def test_an_image_in_a_pipe_is_not_called_empty():
+    """What was read of a pipe is gone; so it is told as before."""
+    read, write = os.pipe()
+    os.write(write, b"no image")
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe, pytest.raises(ImageError, match="not an image of a known format"):
+        open_image(pipe)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -13,7 +13,7 @@ import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def open_image(
     except ImageError:
         raise
     except Exception as error:  # a corrupt file raises whatever its decoder stumbles on
-        raise ImageError(reason(error)) from error
+        raise ImageError(reason(error, source)) from error
 
 
 def refuse_bomb(image: Image.Image) -> None:
@@ -92,11 +92,21 @@ def refuse_bomb(image: Image.Image) -> None:
         raise ImageError(f"{image.width} x {image.height} pixels, more than the limit of {limit}")
 
 
-def reason(error: Exception) -> str:
-    """One line on why an image could not be read."""
+def reason(error: Exception, source: object) -> str:
+    """One line on why an image could not be read.
+
+    Args:
+        error: What was raised.
+        source: As for ``open_image``.
+    """
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, Image.UnidentifiedImageError):
+        start = beginning(source)
+        if start == b"":
+            return "empty file"
+        if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # Pillow looks for its directory, often at the end
+            return "a TIFF that is cut off or of a kind that cannot be read"
         return f"not an image of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more pixels than the limit of {Image.MAX_IMAGE_PIXELS}"
@@ -104,6 +114,19 @@ def reason(error: Exception) -> str:
         return error.strerror
     text = " ".join(str(error).split())
     return f"damaged image ({text or type(error).__name__})"
+
+
+def beginning(source: object) -> bytes | None:
+    """The first four bytes of a file; none of what cannot be read again, such as a pipe."""
+    try:
+        if isinstance(source, str | Path):
+            with open(source, "rb") as file:
+                return file.read(4)
+        file: Any = source
+        file.seek(0)
+        return file.read(4)
+    except Exception:  # a file object may be anything
+        return None
 
 
 def upright(image: Image.Image) -> Image.Image:
