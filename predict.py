@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from vit.run import run
 
 FORMATS = ("table", "json", "jsonl", "csv", "parquet")
+ENDINGS = {"": "table", "txt": "table"} | {name: name for name in FORMATS}  # of --out
 METHODS = ("rollout", "relevance", "last", "legrad", "lrp")  # vit.rollout.METHODS, without importing torch
+USAGE = "%(prog)s SOURCE ... [--checkpoint FILE] [--out FILE] [--maps DIR] [--help] ..."
 DESCRIPTION = "Classify images: records to standard output, in the order of the images; all else to standard error."
 EPILOG = """\
 exit codes: 0 all images classified, 2 usage or configuration, 3 some images failed, 4 none succeeded;
@@ -29,8 +31,8 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        "predict.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "predict.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     p.add_argument("sources", metavar="SOURCE", nargs="*", help="image, folder, glob, or - for paths on standard input")
     p.add_argument("--checkpoint", metavar="FILE", help="model.safetensors or .ckpt [the shipped CIFAR-10 weights]")
@@ -83,10 +85,13 @@ def positive(text: str) -> int:
 
 def share(text: str) -> float:
     """A number in [0, 1]."""
+    hint = ""
     with suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+        number = float(text.removesuffix("%"))
+        if 0 <= number <= 1 and not text.endswith("%"):
+            return number
+        hint = f"; {number:g} % is {number / 100:g}" if 0 <= number <= 100 else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1{hint}")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -114,11 +119,16 @@ def check(options: argparse.Namespace) -> None:
         error("name at least one image, folder or glob (or - to read paths)")
     if options.format is None:
         ending = os.path.splitext(options.out or "")[1].removeprefix(".").lower()
-        options.format = ending if ending in FORMATS else "table"
+        if ending not in ENDINGS:
+            known = ", ".join(f".{name}" for name in ENDINGS if name)
+            error(f"--out {options.out}: .{ending} is the ending of no known format; use {known}, or name a --format")
+        options.format = ENDINGS[ending]
     if options.format == "parquet" and not options.out:
         error("--format parquet needs --out FILE")
     if options.format == "parquet" and not find_spec("pyarrow"):
         error("--format parquet needs pyarrow: pip install pyarrow")
+    if options.report and not options.report.lower().endswith((".html", ".htm")):
+        error(f"--report {options.report}: it is a page for a browser, whose name ends in .html")
     if options.engine == "ray" and not (find_spec("ray") and find_spec("pyarrow")):
         error("--engine ray needs ray: pip install 'ray[data]'")
     if options.method and not (options.maps or options.report or options.score_maps):

@@ -190,6 +190,13 @@ def test_exit_codes(run, images, tmp_path):
         ([], "name at least one image"),
         (["a", "--top-k", "0"], "'0' is not a whole number of at least 1"),
         (["a", "--threshold", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["a", "--threshold", "60"], "'60' is not a number from 0 to 1; 60 % is 0.6"),
+        (["a", "--threshold", "60%"], "'60%' is not a number from 0 to 1; 60 % is 0.6"),
+        (["a", "--threshold", "-0.1"], "'-0.1' is not a number from 0 to 1"),
+        (["a", "--threshold", "much"], "'much' is not a number from 0 to 1"),
+        (["a", "--out", "x.xlsx"], "--out x.xlsx: .xlsx is the ending of no known format; use .txt, .table, .json, .j"),
+        (["a", "--out", "x.csv.gz"], "--out x.csv.gz: .gz is the ending of no known format; use .txt, .table, .json, "),
+        (["a", "--report", "r.txt"], "--report r.txt: it is a page for a browser, whose name ends in .html"),
         (["a", "--shard", "3/2"], "'3/2' is not I/N with I from 1 to N"),
         (["a", "--resume"], "--resume needs --out FILE"),
         (["a", "--resume", "--out", "x.json"], "--resume needs --out FILE"),
@@ -208,7 +215,18 @@ def test_usage_errors(args, message, run):
     assert code == 2
     assert out == ""
     assert message in err.splitlines()[-1]
-    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1 + err.startswith("usage: predict.py SOURCE ...")
+
+
+@pytest.mark.parametrize("name", ["labels", "labels.txt", "labels.TXT"])
+def test_a_text_file_gets_the_table(name, run, images, tmp_path):
+    assert run(images / "0/0.png", "--out", tmp_path / name)[0] == 0
+    assert (tmp_path / name).read_text() == run(images / "0/0.png")[1]
+
+
+def test_an_ending_means_nothing_where_the_format_is_named(run, images, tmp_path):
+    assert run(images / "0/0.png", "--out", tmp_path / "x.data", "--format", "json")[0] == 0
+    assert len(json.loads((tmp_path / "x.data").read_text())) == 1
 
 
 def test_classes_threshold_and_top_k(run, images):
@@ -340,8 +358,9 @@ def test_a_map_that_cannot_be_written_is_named(run, images, tmp_path):
 
 def test_a_report_that_cannot_be_written_costs_no_records(run, images, tmp_path):
     (tmp_path / "out.csv.partial").write_text("unfinished")
-    code, out, err = run(images / "0/0.png", "--report", tmp_path, "--out", tmp_path / "out.csv")
-    assert (code, out, err) == (2, "", f"predict.py: {tmp_path}: Is a directory\n")
+    (report := tmp_path / "report.html").mkdir()
+    code, out, err = run(images / "0/0.png", "--report", report, "--out", tmp_path / "out.csv")
+    assert (code, out, err) == (2, "", f"predict.py: {report}: Is a directory\n")
     assert (tmp_path / "out.csv.partial").read_text() == "unfinished"
 
 
