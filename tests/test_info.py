@@ -50,6 +50,18 @@ def test_command_says_what_there_is(tmp_path, capsys):
         assert expected in text
 
 
+def test_metrics_from_before_the_temperature_say_so():
+    model, about = made()
+    about = replace(about, metrics={"val/acc": 0.5, "val/ece": 0.04, "test/loss": 0.3, "test/ece_calibrated": 0.01})
+    assert info.facts(model, about)["metrics"] == {
+        "val/acc": "0.5",
+        "val/ece": "0.04 (before the temperature)",
+        "test/loss": "0.3 (before the temperature)",
+        "test/ece_calibrated": "0.01",
+    }
+    assert info.facts(model, replace(about, temperature=1.0))["metrics"]["val/ece"] == "0.04"
+
+
 def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
     """A class may be called what looks like markup, or by bytes in no valid encoding; so may the file."""
     model, about = made()

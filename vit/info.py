@@ -54,10 +54,15 @@ def facts(model: VisionTransformer, about: Checkpoint) -> dict[str, dict[str, An
             "crop": preprocess.crop,
             "temperature": f"{about.temperature:.4g}",
         },
-        "metrics": {name: f"{value:.4g}" for name, value in about.metrics.items()},
+        "metrics": {name: f"{value:.4g}{uncalibrated(name, about)}" for name, value in about.metrics.items()},
         "training": about.training,
     }
     return {name: section for name, section in sections.items() if section}
+
+
+def uncalibrated(name: str, about: Checkpoint) -> str:
+    """What to add to a metric that training takes of the logits as they are; scores have the temperature in them."""
+    return " (before the temperature)" if name.endswith(("/ece", "/loss")) and about.temperature != 1 else ""
 
 
 def plain(text: str) -> Text:
