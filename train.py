@@ -217,7 +217,10 @@ def locked(root: Path) -> Iterator[None]:
     Raises:
         ValueError: If another run trains there.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"trainer.default_root_dir {root}: cannot be made ({error.strerror})") from None
     with open(root / ".lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

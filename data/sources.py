@@ -236,7 +236,7 @@ def load_files(
         for path in paths:
             if not path.is_dir():
                 what = "is a file" if path.exists() else "is no folder and no known data set"
-                raise DataError(f"{path} {what}: give {FORMS}")
+                raise DataError(f"{path} {what}: --data.dataset takes {FORMS}")
         class_names, parts = list_images(paths)
     name = re.sub(r"[^\w.-]+", "_", "-".join(path.resolve().name for path in paths))[:40]
     files = {

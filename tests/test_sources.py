@@ -358,7 +358,10 @@ def shorten(path):
 
 
 BAD_FOLDERS = {
-    "no such folder": (lambda x: None, "x is no folder and no known data set: give 'digits', 'cifar10'"),
+    "no such folder": (
+        lambda x: None,
+        "x is no folder and no known data set: --data.dataset takes 'digits', 'cifar10'",
+    ),
     "file": (lambda x: x.touch(), "x is a file: give 'digits', 'cifar10'"),
     "empty": (lambda x: x.mkdir(), "x has no class folders: give each class a folder"),
     "loose images": (
@@ -444,7 +447,9 @@ def test_unreadable_folder_is_named(tmp_path, load, monkeypatch):
 
 @pytest.mark.parametrize("dataset", ["mnist", "other/mnist", "cifar"])
 def test_unknown_names_say_what_is_understood(load, dataset):
-    with pytest.raises(DataError, match=f"^{dataset} is no folder and no known data set: give 'digits', 'cifar10'"):
+    with pytest.raises(
+        DataError, match=f"^{dataset} is no folder and no known data set: --data.dataset takes 'digits', 'cifar10'"
+    ):
         load(dataset)
 
 

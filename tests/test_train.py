@@ -521,12 +521,9 @@ def test_options_are_not_abbreviated(capsys):
     assert "did you mean --trainer.max_epochs?" in capsys.readouterr().err
 
 
-def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
+def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     """Arguments, and what the message must name."""
-    nowhere, garbage, evil = tmp_path / "nowhere", tmp_path / "garbage.ckpt", tmp_path / "evil.ckpt"
-    garbage.write_bytes(b"garbage" * 99)
-    torch.save({"state_dict": {}, "vit": Bomb(tmp_path / "marker")}, evil)
-    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
+    nowhere, garbage, evil = folder / "nowhere", folder / "garbage.ckpt", folder / "evil.ckpt"
     return {
         "no folder": ([f"--data.dataset={nowhere}"], f"{nowhere} is no folder"),
         "patch size": (["--model.patch_size=3"], "8 is not a multiple of patch size 3"),
@@ -539,8 +536,8 @@ def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
         "no checkpoint": ([f"--ckpt_path={nowhere}.ckpt"], f"{nowhere}.ckpt: no such checkpoint file"),
         "garbage": ([f"--ckpt_path={garbage}"], f"{garbage}: refused"),
         "code inside": ([f"--ckpt_path={evil}"], f"{evil}: refused"),
-        "plain pickle": ([f"--ckpt_path={tmp_path / 'pickle.ckpt'}"], "pickle.ckpt: refused"),
-        "not a run's": ([f"--ckpt_path={tmp_path / 'model.safetensors'}"], "takes a .ckpt file"),
+        "plain pickle": ([f"--ckpt_path={folder / 'pickle.ckpt'}"], "pickle.ckpt: refused"),
+        "not a run's": ([f"--ckpt_path={folder / 'model.safetensors'}"], "takes a .ckpt file"),
         "no smoothing": (["--model.label_smoothing=1.5"], "model.label_smoothing must be in [0, 1), got 1.5"),
         "endless warm-up": (["--model.warmup=3"], "model.warmup must be in [0, 1), got 3"),
         "never validated": (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch must be above 0"),
@@ -550,18 +547,22 @@ def mistake(case: str, tmp_path: Path) -> tuple[list[str], str]:
         "no best": (["--ckpt_path=best"], "best.ckpt: no such checkpoint file"),
         "endless": (["--trainer.max_epochs=-1"], "give trainer.max_epochs"),
         "accelerator": (["--trainer.accelerator=abacus"], "abacus"),
-    }[case]
+        "no rate": (["--model.lr=0"], "model.lr must be above 0, got 0"),
+        "growing weights": (["--model.weight_decay=-4"], "model.weight_decay must be at least 0, got -4"),
+        "no workers": (["--data.num_workers=-2"], "data.num_workers must be at least 0, got -2"),
+        "empty name": (["--data.dataset=a,"], "data.dataset 'a,' has an empty name in it"),
+        "size": (["--data.image_size=64,96"], "data.image_size cannot be 64,96; give 224, or [224, 320] for height"),
+        "precision": (["--trainer.precision=fp99"], "trainer.precision cannot be fp99; give 16, 16-mixed, 16-true"),
+        "a file as folder": ([f"--trainer.default_root_dir={garbage}"], f"default_root_dir {garbage}: cannot be made"),
+    }
 
 
-CASES = (
-    "no folder|patch size|heads|no config|unknown key|unknown key of the data|not a number|not a choice|no checkpoint"
-)
-CASES += "|garbage|code inside|plain pickle|not a run's|no best|endless|accelerator"
-
-
-@pytest.mark.parametrize("case", CASES.split("|"))
+@pytest.mark.parametrize("case", mistakes(Path()))
 def test_mistake_is_one_line(tmp_path, capfd, case):
-    arguments, message = mistake(case, tmp_path)
+    arguments, message = mistakes(tmp_path)[case]
+    (tmp_path / "garbage.ckpt").write_bytes(b"garbage" * 99)
+    torch.save({"state_dict": {}, "vit": Bomb(tmp_path / "marker")}, tmp_path / "evil.ckpt")
+    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
     assert run("fit", tmp_path / "run", *arguments) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("Seed set")]
     assert len(said) == 1, said
