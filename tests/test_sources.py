@@ -362,7 +362,7 @@ BAD_FOLDERS = {
         lambda x: None,
         "x is no folder and no known data set: --data.dataset takes 'digits', 'cifar10'",
     ),
-    "file": (lambda x: x.touch(), "x is a file: give 'digits', 'cifar10'"),
+    "file": (lambda x: x.touch(), "x is a file: --data.dataset takes 'digits', 'cifar10'"),
     "empty": (lambda x: x.mkdir(), "x has no class folders: give each class a folder"),
     "loose images": (
         lambda x: (x.mkdir(), Image.new("L", SIZE).save(x / "0.png")),
