@@ -196,8 +196,8 @@ class ImageDataModule(LightningDataModule):
         augment: Random changes to training images.
         on_bad: What to do about image files that cannot be read, which are looked for before the training: ``fail`` or
             ``skip``; they are listed in a file of the cache.
-        white: Value that is white in images of more than 8 bits, such as 4095 of a 12-bit camera; none for 65535 in 16
-            bits.
+        white: Value that is white in grey images of more than 8 bits, such as 4095 of a 12-bit camera; none for 65535
+            in 16 bits.
         balance: Show the classes equally often in training, however many images they have, and choose the best weights
             by val/balanced_acc.
         compile: Compile the augmentation, on a GPU.

@@ -104,7 +104,7 @@ def load_source(
         image_size: Height and width to cut images to, in pixels; None if all of them have the same size.
         num_workers: Processes that decode images; 0 decodes in this one.
         on_bad: What to do about files that cannot be read: ``fail`` or ``skip``.
-        white: Value that is white in images of more than 8 bits; none for 65535 of 16 bits.
+        white: Value that is white in grey images of more than 8 bits; none for 65535 of 16 bits.
 
     Raises:
         DataError: If the data set cannot be used; one line that names the path.

@@ -46,7 +46,7 @@ class ViTClassifier(LightningModule):
         class_names: Name of each class, in the order of the labels; from the data.
         mean: Mean of each channel, of values in [0, 1]; from the data.
         std: Standard deviation of each channel, of values in [0, 1]; from the data.
-        white: Value that is white in images of more than 8 bits; from the data.
+        white: Value that is white in grey images of more than 8 bits; from the data.
         optimizer: ``adamw``, or ``muon`` for the blocks' matrices with NAdamW for the rest.
         lr: Peak learning rate of (N)AdamW.
         muon_lr: Peak learning rate of Muon.

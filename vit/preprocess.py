@@ -59,7 +59,7 @@ def open_image(
         mode: "RGB", or "L" for grey.
         min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels; none to get
             every pixel.
-        white: Value that is white in images of more than 8 bits; none for ``scaled_to_8_bits``' own rule.
+        white: Value that is white in grey images of more than 8 bits; none for ``scaled_to_8_bits``' own rule.
 
     Raises:
         ImageError: If it is missing, no image, truncated, of another format, or larger than Pillow's bomb limit.
@@ -196,7 +196,7 @@ class Preprocess:
         std: Standard deviation of each channel, of values in [0, 1].
         interpolation: Resampling filter by Pillow's name: bicubic, bilinear, lanczos, nearest, box, hamming.
         crop: Share of the image's shorter side that is kept, in (0, 1].
-        white: Value that is white in images of more than 8 bits, as 4095 of a 12-bit camera; none for 65535 of 16 bits.
+        white: Value that is white in grey images of more than 8 bits, as 4095 of a 12-bit camera; none for 65535.
 
     Raises:
         ValueError: If a number is out of its range, or there is no such filter.
