@@ -36,6 +36,11 @@ DESCRIPTION = (
     "Train a vision transformer on images. The project's own settings are --model.* and --data.*; --trainer.* are "
     "Lightning's. predict.py classifies."
 )
+COMMANDS = {
+    "fit": "train, or go on where a run was stopped (--ckpt_path last)",
+    "validate": "measure a checkpoint on the validation images",
+    "test": "measure a checkpoint on the test images, class by class",
+}
 FACTS = ("class_names", "mean", "std", "image_size", "white")  # flow from the data to the model
 
 
@@ -69,6 +74,11 @@ class TrainCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, without ``predict``: that is what predict.py is for."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for action in cast(Any, parser)._subcommands_action._choices_actions:
+            action.help = COMMANDS[action.dest]  # Lightning's end in the middle of a sentence
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for fact in FACTS:

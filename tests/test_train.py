@@ -617,6 +617,7 @@ def test_no_command_and_help(capfd):
     assert "Traceback" not in capfd.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
+    assert "measure a checkpoint on the test images, class by class" in " ".join(capfd.readouterr().out.split())
 
 
 def test_script_ends_with_the_status():
