@@ -76,11 +76,6 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def printable(text: str) -> str:
-    """Text that may hold any bytes, as something to read."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
@@ -201,7 +196,7 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     for number, row in enumerate(rows, 1):
         values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in ("path", "label", "split")}
         if missing := next((name for name in ("path", "label") if not values[name]), None):
-            found = ", ".join(map(printable, map(str, row))) if missing not in row else f"row {number} is empty there"
+            found = ", ".join(map(str, row)) if missing not in row else f"row {number} is empty there"
             raise DataError(f"{file}: needs a column {missing!r} for each image, but {found}")
         parts.setdefault(split_of(values["split"] or "train"), []).append((values["path"], composed(values["label"])))
     if odd := set(parts) - set(SPLITS):

@@ -1,5 +1,6 @@
 """The classes' figures by hand, and hints: at a planted shortcut, and nowhere else."""
 
+import unicodedata
 from itertools import pairwise
 
 import numpy as np
@@ -57,6 +58,17 @@ def test_errors_are_the_surest_first_and_only_where_folders_tell():
     assert "most confident errors" not in by_name["ship"]["examples"]  # the nearest folder counts
     (view,) = filled(("somewhere/1.jpg", "dog", 0.8)).view()
     assert view["right"] is None
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_folder_is_a_class_however_its_accents_are_stored(form):
+    for stored in (unicodedata.normalize("NFC", "Möwe"), unicodedata.normalize("NFD", "Möwe")):
+        survey = Survey((unicodedata.normalize(form, "Möwe"), "cat"))
+        assert (survey.truth(f"birds/{stored}/1.jpg"), survey.truth("birds/cat/1.jpg"), survey.truth("1.jpg")) == (
+            0,
+            1,
+            None,
+        )
 
 
 def test_what_became_of_the_images_in_a_folder():

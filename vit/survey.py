@@ -4,6 +4,7 @@ Images count for the class the model calls them. Every quantity is defined in on
 page shows. Shapes in comments: n images of a class, P cells of a grid.
 """
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -47,6 +48,7 @@ class Survey:
     def __init__(self, class_names: Sequence[str]):
         self.class_names = tuple(class_names)
         self.number = {name: i for i, name in enumerate(class_names)}
+        self.folders = {composed(name): i for i, name in enumerate(class_names)}
         self.paths: list[str] = []
         self.labels: list[int] = []
         self.truths: list[int | None] = []
@@ -73,7 +75,8 @@ class Survey:
 
     def truth(self, path: str) -> int | None:
         """The class whose name is that of the nearest folder with a class's name."""
-        return next((self.number[part] for part in reversed(PurePath(path).parts[:-1]) if part in self.number), None)
+        parts = map(composed, reversed(PurePath(path).parts[:-1]))
+        return next((self.folders[part] for part in parts if part in self.folders), None)
 
     @property
     def total(self) -> int:
@@ -140,6 +143,11 @@ class Survey:
         room = min(number - len(examples), len(others))
         sample = [others[(2 * i + 1) * len(others) // (2 * room)] for i in range(room)]
         return sorted(examples + sample, key=place.__getitem__)
+
+
+def composed(name: str) -> str:
+    """A name with each accented letter as one character, of which some file systems make two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def coarse(grid: Tensor) -> Tensor:
