@@ -18,7 +18,7 @@ from vit.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from vit.model import VisionTransformer
 from vit.predictor import batches
 from vit.preprocess import ImageError, Preprocess
-from vit.rollout import CLASS_METHOD, attention_map
+from vit.rollout import CLASS_METHOD, METHODS, attention_map
 
 NAMES = ("cat", "dog", "frog")
 SIZE = (16, 24)  # height, width
@@ -322,10 +322,24 @@ def test_a_folder_of_timm_is_refused_with_the_call_that_reads_it(tmp_path):
 
 
 def test_a_model_that_gives_no_numbers_is_an_error(predictor):
+    def broken(model, images, ask):
+        return model(images).detach(), torch.full((len(images), 7), torch.nan)
+
+    (image,) = pictures(1)
+    with pytest.MonkeyPatch.context() as patch:  # scores that are numbers, and a map that is none
+        patch.setitem(METHODS, "last", broken)
+        (batch,) = predictor.classify([[image]], methods=["last"])
+        assert "no number" in str(batch.errors[0])
+        assert len(batch.scores) == len(batch.grids["last"]) == 0
+        with pytest.raises(ImageError, match="no number"):
+            predictor.explain(image, method="last")
     predictor.model.head.weight.data[0] = torch.nan
-    (result,) = predictor.predict_iter(pictures(1))
+    (result,) = predictor.predict_iter([image])
     assert isinstance(result, ImageError)
     assert "no number" in str(result)
+    for method in METHODS:
+        with pytest.raises(ImageError, match="the model gives no number"):
+            predictor.explain(image, method=method)
 
 
 def test_a_map_score_takes_34_passes():

@@ -427,10 +427,10 @@ def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int
 
 
 def _normalized(rows: Tensor) -> Tensor:
-    """Positive part, summing to 1; even where nothing is positive."""
+    """Positive part, summing to 1; even where nothing is positive. What is no number stays none."""
     rows = rows.float().clamp_min(0)
     total = rows.sum(1, keepdim=True)
-    return torch.where(total > 0, rows / total, 1 / rows.shape[1])
+    return torch.where(total == 0, 1 / rows.shape[1], rows / total)
 
 
 @torch.no_grad()
