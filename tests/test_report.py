@@ -16,8 +16,8 @@ from PIL import Image
 
 from vit.checkpoint import Checkpoint
 from vit.preprocess import Preprocess
-from vit.report import COARSEST, TOP, write_report
-from vit.survey import SURVEYED
+from vit.report import TOP, write_report
+from vit.survey import COARSEST, SURVEYED
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck", "lorry", "van")
 ABOUT = Checkpoint(

@@ -125,13 +125,15 @@ def test_room_ends(monkeypatch):
     assert filled(*[(f"{i}.jpg", "cat", 0.9) for i in range(5)]).view()[0]["images"] == 3
 
 
-def test_large_grids_become_coarse_and_keep_their_mass():
-    grid = torch.zeros(37, 20)
-    grid[-1, 0] = 1
-    small = coarse(grid)
-    assert small.shape == (14, 14)
-    assert small.sum() == pytest.approx(1)
-    assert small[-1, 0] == pytest.approx(1)
+def test_large_grids_become_coarse_and_everything_stays_where_it_was():
+    """Against the same map cut so finely that both grids divide it."""
+    grid = torch.rand(37, 20, generator=torch.Generator().manual_seed(0))
+    grid /= grid.sum()
+    fine = grid.repeat_interleave(14, 0).repeat_interleave(14, 1) / 14**2
+    expected = fine.unflatten(1, (14, 20)).unflatten(0, (14, 37)).sum((1, 3))
+    torch.testing.assert_close(coarse(grid), expected)
+    small = torch.eye(14, 5) / 5
+    torch.testing.assert_close(coarse(small), small)
 
 
 # ---- hints ----
@@ -153,7 +155,7 @@ def test_hints_name_what_they_found():
     spot[:, 0, 5] += 0.1
     framed[:, regions(8, 8)["border"]] *= 1.4
     spot, framed = (maps / maps.sum((1, 2), keepdim=True) for maps in (spot, framed))
-    assert "row 1, column 6, counts" in str(hint(spot, even))
+    assert "row 1 of 8, column 6 of 8, counts" in str(hint(spot, even))
     assert str(hint(framed, even)) == "The border counts for 52%; in an even map it is 44%."
     assert hint(spot[:9], even) is None  # too few to conclude from
     assert hint(spot, spot.mean(0)) is None  # the others have it too

@@ -14,13 +14,12 @@ from PIL import Image
 
 from vit.checkpoint import Checkpoint
 from vit.records import shown
-from vit.survey import DEFINITIONS, SURVEYED
+from vit.survey import DEFINITIONS, SURVEYED, merging
 from vit.visualize import PIXELATED, color_table
 
 LONGEST = 448  # pixels of an image's longer side in the page; 200 photographs stay below 20 MiB with it
 QUALITY = 75  # of its JPEG
 TOP = 10  # classes listed for an image
-COARSEST = 14  # rows and columns kept of what each patch attends to: the square of the patches is what takes space
 
 
 def write_report(
@@ -139,13 +138,9 @@ def _levels(grids: np.ndarray, among: int = 256) -> np.ndarray:
 
 
 def _coarse(patches: np.ndarray) -> np.ndarray:
-    """Means over blocks of patches, so that no side is longer than COARSEST."""
+    """With neighbours merged, so that no side is too long: the square of the patches is what takes space."""
     for axis in range(4):
-        size = patches.shape[axis]
-        cuts = np.linspace(0, size, min(size, COARSEST) + 1).round().astype(int)
-        patches = np.add.reduceat(patches, cuts[:-1], axis) / np.diff(cuts).reshape(
-            [-1 if i == axis else 1 for i in range(4)]
-        )
+        patches = np.moveaxis(np.tensordot(merging(patches.shape[axis]).numpy(), patches, (1, axis)), 0, axis)
     return patches
 
 

@@ -6,6 +6,7 @@ page shows. Shapes in comments: n images of a class, P cells of a grid.
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SURVEYED = 50_000  # images; the rest of a longer run is left out, so that memory stays flat
-COARSEST = 14  # rows and columns kept of a map
+COARSEST = 14  # rows and columns kept of a map, and on the page of what each patch attends to
 CLASSES = 20  # classes the page shows; those with a hint come first
 EXAMPLES = 3  # images of each kind
 FEWEST = 10  # images of a class before anything is concluded from them
@@ -151,10 +152,17 @@ def composed(name: str) -> str:
 
 
 def coarse(grid: Tensor) -> Tensor:
-    """A map (rows, columns) summing to 1 in at most COARSEST rows and columns."""
-    size = (min(grid.shape[0], COARSEST), min(grid.shape[1], COARSEST))
-    small = F.adaptive_avg_pool2d(grid.float()[None, None], size)[0, 0]
-    return small / small.sum()
+    """A map (rows, columns) summing to 1 in at most COARSEST rows and columns, each part of it where it was."""
+    small = merging(grid.shape[0]) @ grid.cpu().double() @ merging(grid.shape[1]).T
+    return (small / small.sum()).float()
+
+
+@cache
+def merging(size: int) -> Tensor:
+    """How much of each of so many patches in a line lies in each of at most COARSEST parts, (parts, size)."""
+    edges = torch.linspace(0, size, min(size, COARSEST) + 1, dtype=torch.float64)[:, None]
+    first = torch.arange(size)
+    return (edges[1:].minimum(first + 1) - edges[:-1].maximum(first)).clamp_min(0)
 
 
 def regions(rows: int, columns: int) -> dict[str, Tensor]:
@@ -207,7 +215,7 @@ def hint(maps: Tensor, usual: Tensor) -> str | None:
     surely = shares.mean(0) - SIGMAS * shares.std(0) / len(maps) ** 0.5
     cell = int((surely / usual).argmax())
     if surely[cell] > SPOT * usual[cell]:
-        row, column = (i + 1 for i in border.nonzero()[cell].tolist())
+        row, column = (f"{i + 1} of {n}" for i, n in zip(border.nonzero()[cell].tolist(), border.shape, strict=True))
         times = shares.mean(0)[cell] / even
         return (
             f"One place on the border, row {row}, column {column}, counts {times:.1f} times as much as in an even map."
