@@ -1,9 +1,11 @@
 // Stands at the end of the page: uses it as a person would, and writes down what came of it.
-const visit = () => {
+const visit = async () => {
   const found = {}, press = (key, on = document.body) => on.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
   const shown = () => { const c = document.querySelector("#big canvas");
     return Array.from(c.toDataURL()).reduce((a, v) => (a * 31 + v.charCodeAt(0)) % 1e9, 7); };
-  const read = () => $("read").textContent;
+  const read = () => $("read").textContent, big = $("big");
+  const hover = (x, y) => { const seen = big.querySelector(".seen").getBoundingClientRect();
+    big.dispatchEvent(new PointerEvent("pointermove", {clientX: seen.left + seen.width * x, clientY: seen.top + seen.height * y, bubbles: true})); };
   found.cards = $("list").children.length; found.path = $("path").textContent; found.facts = $("facts").textContent;
   found.bars = [...$("bars").children].map(b => b.textContent);
   found.strip = $("strip").querySelectorAll("button").length;
@@ -16,16 +18,18 @@ const visit = () => {
   found.other = shown(); found.otherSaid = read();
   press("m"); found.again = shown();
   press("s"); found.sharp = shown(); press("s");
-  const big = $("big"), seen = big.querySelector(".seen").getBoundingClientRect();
-  big.dispatchEvent(new PointerEvent("pointermove", {clientX: seen.left + seen.width * .99, clientY: seen.top + 2, bubbles: true}));
-  found.hover = read(); found.hovered = shown(); found.mark = $("cell").hidden === false;
+  hover(.99, .01); found.hover = read(); found.hovered = shown(); found.mark = $("cell").hidden === false;
+  big.dispatchEvent(new PointerEvent("pointerleave", {pointerType: "touch"})); found.touched = read();
   big.dispatchEvent(new PointerEvent("pointerleave")); found.left = shown();
   big.focus(); press("ArrowRight", big); press("ArrowDown", big); found.walked = read(); press("Escape"); found.escaped = shown();
   $("strip").querySelector("button").click(); found.head = read(); found.headShown = shown(); $("back").click(); found.back = shown();
   $("strength").value = 0; $("strength").dispatchEvent(new Event("input"));
   found.invisible = getComputedStyle(document.querySelector("#big canvas")).opacity;
   press("]"); found.visible = getComputedStyle(document.querySelector("#big canvas")).opacity;
-  press("j"); found.next = $("path").textContent; press("k"); found.before = $("path").textContent;
+  press("j"); found.next = $("path").textContent; await unpack(state.entry);
+  found.rows = [4.05, 4.95].map(y => { hover(.5, y / 16); const {values, shape} = current();
+    return Math.floor(values.indexOf(Math.max(...values)) / shape[1]); });
+  press("k"); found.before = $("path").textContent;
   $("query").value = "2.jpg"; $("query").dispatchEvent(new Event("input")); found.found = $("list").children.length;
   $("query").value = ""; $("query").dispatchEvent(new Event("input"));
   $("see-classes").click();
@@ -35,6 +39,7 @@ const visit = () => {
   const told = kind => [...kind.querySelectorAll("p:not(.hint)")].map(p => p.textContent);
   found.words = told(kinds[0]); found.never = told(kinds[2]); found.means = document.querySelectorAll(".kind > canvas").length;
   found.examples = kinds.map(k => k.querySelectorAll(".card").length);
+  found.error = [...kinds[0].querySelectorAll(".card")].at(-1).textContent;
   found.defined = $("definitions").querySelectorAll("dt").length;
   found.asked = [getComputedStyle(document.querySelector("main")).display === "none", $("classes").hidden];
   found.wideClasses = document.documentElement.scrollWidth <= innerWidth;

@@ -52,6 +52,7 @@ def view(name: str = "cat", **changes: Any) -> dict[str, Any]:
     return {
         "name": name,
         "images": 40,
+        "known": 36,
         "right": 0.75,
         "folder": {"images": 1000, "right": 0.889, "taken for": ["dog", 0.066]},
         "mean": np.random.default_rng(0).random((4, 6)),
@@ -64,6 +65,7 @@ def view(name: str = "cat", **changes: Any) -> dict[str, Any]:
             "most typical": ["photos/0.jpg", "photos/1.jpg"],
             "most confident errors": ["photos/2.jpg", "gone.jpg"],
         },
+        "truths": {"photos/2.jpg": "dog", "gone.jpg": "ship"},
         **changes,
     }
 
@@ -204,14 +206,16 @@ VISIT = f"<script>{(Path(__file__).parent / 'report_visit.js').read_text()}</scr
     ],
 )
 def test_page_works_in_a_browser(tmp_path, window, total, said):
-    never = {"images": 0, "mean": None, "right": None, "shares": {}, "examples": {}}
+    never = {"images": 0, "known": 0, "mean": None, "right": None, "shares": {}, "examples": {}, "truths": {}}
     views = [
         view(hint="One place <b>counts</b>."),
         view("dog", right=None, folder=None, shares={}),
         view("ship", **never, folder={"images": 1, "right": 0.0, "taken for": ["cat", 1.0]}),
     ]
     long = entry(2, scores={"long-haired dachshund": 0.7, "Rhinozerosvogelfamilie": 0.3})
-    page = write_report(tmp_path / "r.html", ABOUT, [entry(0), entry(1), long], views, total)
+    rows = np.broadcast_to(np.eye(16)[:, None, :, None], (16, 6, 16, 6))  # each patch attends to its own row
+    fine = entry(1, grid=(16, 6), attention={"heads": np.ones((2, 3, 16, 6)), "patches": rows})
+    page = write_report(tmp_path / "r.html", ABOUT, [entry(0), fine, long], views, total)
     page.write_text(page.read_text("utf-8").replace("</html>", VISIT + "</html>"), encoding="utf-8")
     result = subprocess.run(
         [
@@ -231,7 +235,7 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert dumped, result.stderr
     found = json.loads(html.unescape(dumped[1]).replace("\u00a0", " "))
     assert found["cards"] == 3
-    assert found["path"].startswith("photos/0.jpg")
+    assert found["path"] == "photos/0.jpg"
     assert "validation accuracy 82.1 %" in found["facts"]
     assert found["facts"].startswith(said)
     assert len(found["bars"]) == TOP
@@ -246,16 +250,18 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert re.fullmatch(r"Row 1, column 6: [\d.]+ % of rollout. Shown: what this patch attends to.", found["hover"])
     assert found["walked"].startswith("Row 4, column 4")
     assert found["mark"]
+    assert found["touched"] == found["hover"]
+    assert found["rows"] == [3, 3]  # of 14: where most of the fifth of 16 rows lies, at its upper end and at its lower
     assert found["head"] == "Shown: layer 1, head 1."
     assert (found["invisible"], found["visible"]) == ("0", "0.1")
-    assert found["next"].startswith("photos/1.jpg")
-    assert found["before"].startswith("photos/0.jpg")
+    assert found["next"] == "photos/1.jpg"
+    assert found["before"] == "photos/0.jpg"
     assert found["found"] == 1
     assert found["classes"] == ["cat", "dog", "ship"]
     assert found["counted"].startswith("80 images · maps by rollout")
     assert found["hints"] == ["Perhaps a shortcut. One place <b>counts</b>."]
     assert found["words"] == [
-        "40 images · 75.0 % of them in the folder of this name",
+        "40 images · 36 of them in folders of classes, 75.0 % of these in the folder of this name",
         "Of 1,000 in its folder 88.9 % recognised; most often taken for dog (6.6 %)",
     ]
     assert found["never"] == [
@@ -264,6 +270,7 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     ]
     assert found["means"] == 2
     assert found["examples"] == [3, 3, 0]  # those that are on the page
+    assert found["error"] == "dog"
     assert found["defined"] == 8
     assert found["asked"] == [True, False]
     assert found["opened"] == ["photos/2.jpg", False, True]

@@ -40,7 +40,7 @@ def test_figures_by_hand():
     rows = [("x/cat/1.jpg", "cat", 0.9), ("x/cat/2.jpg", "cat", 0.5), ("dog/3.jpg", "cat", 0.7), ("4.jpg", "cat", 0.6)]
     view = filled(*rows, grids=maps).view()[0]
     assert (view["name"], view["images"], view["hint"]) == ("cat", 4, None)
-    assert view["right"] == pytest.approx(2 / 3)  # of the three in a class's folder
+    assert (view["known"], view["right"]) == (3, pytest.approx(2 / 3))  # of the three in a class's folder
     np.testing.assert_allclose(view["mean"], maps.mean(0))
     error = 1.96 * np.std([0, 0, 0, 1], ddof=1) / 2
     assert view["shares"]["border"] == pytest.approx({"mean": 0.25, "error": error, "even": 28 / 64})
@@ -54,6 +54,7 @@ def test_errors_are_the_surest_first_and_only_where_folders_tell():
     rows = [(f"dog/{i}.jpg", "cat", 0.5 + i / 100) for i in range(5)] + [("cat/ship/6.jpg", "ship", 0.9)]
     by_name = {view["name"]: view for view in filled(*rows).view()}
     assert by_name["cat"]["examples"]["most confident errors"] == ["dog/4.jpg", "dog/3.jpg", "dog/2.jpg"]
+    assert set(by_name["cat"]["truths"].items()) == {(f"dog/{i}.jpg", "dog") for i in (2, 3, 4)}
     assert by_name["cat"]["right"] == 0
     assert "most confident errors" not in by_name["ship"]["examples"]  # the nearest folder counts
     (view,) = filled(("somewhere/1.jpg", "dog", 0.8)).view()

@@ -74,7 +74,8 @@ def _about(about: Checkpoint) -> dict[str, Any]:
 def _class(view: Mapping[str, Any]) -> dict[str, Any]:
     examples = {kind: [shown(path) for path in paths] for kind, paths in view["examples"].items()}
     mean = None if view["mean"] is None else _grid(view["mean"])
-    return {**view, "mean": mean, "examples": examples}
+    truths = {shown(path): name for path, name in view["truths"].items()}
+    return {**view, "mean": mean, "examples": examples, "truths": truths}
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:

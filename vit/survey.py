@@ -93,7 +93,8 @@ class Survey:
         maps = {c: torch.stack([self.maps[i] for i in np.flatnonzero(labels == c)]).float() for c in np.unique(labels)}
         hints, folders = find_hints(maps), self._folders(labels)
         views: list[dict[str, Any]] = [self._view(c, np.flatnonzero(labels == c), maps[c], hints[c]) for c in maps]
-        nothing = {"images": 0, "right": None, "mean": None, "shares": {}, "hint": None, "examples": {}}
+        nothing = {"images": 0, "known": 0, "right": None, "mean": None, "shares": {}, "hint": None}
+        nothing |= {"examples": {}, "truths": {}}
         views += [{"name": self.class_names[c], **nothing} for c in folders if c not in maps]
         views = [view | {"folder": folders.get(self.number[view["name"]])} for view in views]
         return sorted(views, key=lambda view: (view["hint"] is None, -view["images"]))[:CLASSES]
@@ -125,11 +126,13 @@ class Survey:
         return {
             "name": self.class_names[label],
             "images": len(members),
+            "known": known,
             "right": (known - len(wrong)) / known if known else None,
             "mean": mean.numpy(),
             "shares": {name: share_of(maps, region) for name, region in regions(*mean.shape).items()},
             "hint": hint,
             "examples": {kind: [self.paths[i] for i in chosen] for kind, chosen in examples.items() if len(chosen)},
+            "truths": {self.paths[i]: self.class_names[self.truths[i] or 0] for i in examples["most confident errors"]},
         }
 
     def chosen(self, views: Iterable[Mapping[str, Any]], number: int) -> list[str]:
