@@ -248,6 +248,19 @@ def test_explanation_is_the_map_of_that_pass(predictor):
     assert isinstance(explanation.overlay(), Image.Image)
 
 
+def test_a_large_jpeg_is_explained_as_it_is_predicted(predictor, tmp_path):
+    random = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    Image.fromarray(random).save(tmp_path / "a.jpg")
+    expected = predictor.predict(tmp_path / "a.jpg").scores
+    data = (tmp_path / "a.jpg").read_bytes()
+    pipe = io.BytesIO(data)
+    pipe.seekable = pipe.seek = lambda *_: False  # pyright: ignore
+    for source in (tmp_path / "a.jpg", io.BytesIO(data), pipe):
+        explanation = predictor.explain(source)
+        assert explanation.prediction.scores == pytest.approx(expected, abs=1e-6)
+        assert explanation.image.size == (800, 600)
+
+
 def test_explanation_of_a_class(predictor):
     (image,) = pictures(1)
     maps = {name: predictor.explain(image, target=name) for name in NAMES}

@@ -274,10 +274,14 @@ class Predictor:
             raise ValueError(f"target and against are both {target!r}; a class can only be set against another one")
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
         try:
-            opened = open_image(as_file(image), self.preprocess.mode, white=self.preprocess.white)
+            file = as_file(image)
+            if hasattr(file, "read") and not getattr(file, "seekable", bool)():
+                file = io.BytesIO(file.read())  # pyright: ignore[reportAttributeAccessIssue]
+            pixels = self.preprocess.load(file)  # what ``predict`` sees: a large JPEG is decoded smaller
+            opened = open_image(file, self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
             raise _named(image, error) from error
-        scores, grids = self.mapped(self.preprocess(opened)[None], method, target_index, against_index)
+        scores, grids = self.mapped(pixels[None], method, target_index, against_index)
         if not (scores.isfinite().all() and grids.isfinite().all()):
             raise _named(image, ImageError(NO_NUMBER))
         prediction = self.prediction(scores[0])
