@@ -2,10 +2,13 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -57,6 +60,22 @@ def test_sheets_are_in_the_event_file_when_due(watched):
     assert pictures[0].shape == pictures[1].shape
     assert pictures[0].std() > 30  # no blank page
     assert (pictures[0] != pictures[1]).any()  # the maps have moved on
+
+
+def test_no_image_is_on_the_sheet_twice():
+    images = torch.arange(12.0).view(12, 1, 1, 1)
+    model: Any = None
+    for limit in (None, 5):  # fewer images than the sheet has places, and validations that are cut short
+        trainer: Any = SimpleNamespace(
+            val_dataloaders=SimpleNamespace(dataset=images), world_size=1, is_global_zero=True, sanity_checking=False,
+            strategy=None, state=SimpleNamespace(fn="fit"), loggers=[TensorBoardLogger("unused")],
+        )  # fmt: skip
+        watch = Watch(images=16)
+        for _ in range(3):
+            watch.on_validation_start(trainer, model)
+            batch = SimpleNamespace(images=images[:limit], labels=torch.zeros(len(images[:limit])))
+            watch.on_validation_batch_end(trainer, model, None, batch, 0)
+        assert [int(image) for image, _ in watch.kept] == list(range(limit or 12))
 
 
 def test_training_is_the_same_with_it(watched, tmp_path):

@@ -29,11 +29,11 @@ class Watch(Callback):
             raise ValueError(f"Watch needs at least 1 epoch and 1 image, got {every_n_epochs} and {images}")
         self.every_n_epochs, self.images, self.method = every_n_epochs, images, method
         self.kept: list[tuple[Tensor, int]] = []  # normalised image and label
-        self.seen = 0
+        self.choosing, self.seen = True, 0  # whether this validation is the one they are taken from
         self.last = -1  # epoch of the last sheet
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seen = 0
+        self.choosing, self.seen = not self.kept, 0
 
     def on_validation_batch_end(
         self,
@@ -44,7 +44,7 @@ class Watch(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not self._wanted(trainer) or len(self.kept) == self.images:  # kept for the whole run
+        if not self.choosing or not self._wanted(trainer):  # kept for the whole run
             return
         loader: Any = trainer.val_dataloaders
         total = -(-len(loader.dataset) // trainer.world_size)
