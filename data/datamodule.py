@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -315,11 +315,14 @@ class ImageDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return 0, 0
-        batches = max(1, int(min(len(self.order), trainer.num_training_batches)))  # trainer.limit_train_batches
-        accumulate = trainer.accumulate_grad_batches
         # Workers ask for their first batches before the trainer has restored its step.
-        epoch, steps = divmod(max(trainer.global_step, self.resumed), -(-batches // accumulate))
-        return epoch, steps * accumulate
+        epoch, steps = divmod(max(trainer.global_step, self.resumed), self.steps_an_epoch(trainer))
+        return epoch, steps * trainer.accumulate_grad_batches
+
+    def steps_an_epoch(self, trainer: Trainer) -> int:
+        """Optimiser steps that this trainer takes in an epoch; the last may be of fewer batches."""
+        batches = max(1, int(min(len(self.order), trainer.num_training_batches)))  # trainer.limit_train_batches
+        return -(-batches // trainer.accumulate_grad_batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.trainer.global_step if self.trainer else 0}
@@ -385,7 +388,7 @@ class ImageDataModule(LightningDataModule):
         assert trainer is not None
         epochs = [] if trainer.max_epochs in (None, -1) else [float(trainer.max_epochs)]
         if trainer.max_steps != -1:
-            epochs.append(trainer.max_steps / -(-len(self.order) // trainer.accumulate_grad_batches))
+            epochs.append(trainer.max_steps / self.steps_an_epoch(trainer))
         return epoch / min(epochs) if epochs else 0.0
 
     def augmented(self, batch: Batch, done: float = 0.0) -> Batch:

@@ -362,6 +362,7 @@ def test_what_does_not_fit_is_sent_without_waiting(on_gpu, monkeypatch):
         ({"max_steps": 18}, [0, 0.5]),  # of two batches: two epochs
         ({"max_steps": 15, "accumulate_grad_batches": 4}, [0, 1 / 3, 2 / 3]),  # five steps, the last of two batches
         ({"max_epochs": 3, "max_steps": 36}, [0, 1 / 3, 2 / 3]),
+        ({"max_steps": 6, "limit_train_batches": 4}, [0, 1 / 3, 2 / 3]),
     ],
 )
 def test_share_of_the_run_that_is_done(limits, shares):
@@ -371,6 +372,7 @@ def test_share_of_the_run_that_is_done(limits, shares):
     module.trainer = Trainer(**options, accelerator="cpu", logger=False, barebones=True)
     module.train_dataloader()
     assert len(module.order) == 18
+    module.trainer.fit_loop.max_batches = limits.get("limit_train_batches", float("inf"))
     assert [module.done(epoch) for epoch in range(len(shares))] == pytest.approx(shares)
 
 
