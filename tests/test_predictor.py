@@ -1,6 +1,7 @@
 """The Python interface, against the model run by hand."""
 
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -363,6 +364,12 @@ def test_a_map_score_takes_34_passes():
     predictor.model.register_forward_hook(lambda model, images, output: seen.append(len(output)))
     predictor.map_scores(pixels, grids, scores.argmax(1))
     assert sum(seen) == 3 * 34
+
+
+def test_any_kind_of_path_is_named(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    with os.scandir(tmp_path) as entries, pytest.raises(ImageError, match=r"folder\.jpg: a folder, not an image file$"):
+        Predictor.from_checkpoint(device="cpu").predict(next(entries))  # type: ignore[arg-type]
 
 
 def test_grey_model(tmp_path):

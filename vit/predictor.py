@@ -476,7 +476,9 @@ def as_file(source: Source) -> File:
         given, many = f"an array of {source.dtype} {source.shape}", source.ndim == 4
     else:
         readable = hasattr(source, "read") and not isinstance(source, io.TextIOBase)
-        if readable or isinstance(source, str | os.PathLike | Image.Image):
+        if isinstance(source, os.PathLike):
+            return os.fspath(source)
+        if readable or isinstance(source, str | Image.Image):
             return source
         given, many = type(source).__name__, isinstance(source, list | tuple)
     raise ImageError(
@@ -508,7 +510,7 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _named(source: object, error: ImageError) -> ImageError:
-    return ImageError(f"{os.fspath(source)}: {error}" if isinstance(source, str | Path) else str(error))
+    return ImageError(f"{os.fspath(source)}: {error}" if isinstance(source, str | os.PathLike) else str(error))
 
 
 def _device(name: str) -> torch.device:
