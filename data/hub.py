@@ -23,7 +23,7 @@ from torch import Tensor
 from data.cache import DataError, ImageFiles, write_atomically
 from data.labels import split_of
 from data.stream import progress, remembered, states
-from vit.preprocess import ImageError, open_image
+from vit.preprocess import open_image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,8 +45,8 @@ class StoredImages(ImageFiles):
         try:
             image = self.get(int(self.names[index]))
             return open_image(image, self.preprocess.mode, white=self.preprocess.white)
-        except ImageError as error:
-            raise DataError(f"{self.path(index)}: {error}") from None
+        except Exception as error:  # some libraries decode by themselves, and raise what they like
+            raise DataError(f"{self.path(index)}: {one_line(error)}") from None
 
     @property
     def key(self) -> str:  # type: ignore[override]
@@ -89,12 +89,17 @@ class HubShards:
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
         for place, row in enumerate(rows, start):
-            yield f"{self.name}, shard {shard}, row {place}", encoded(row[self.image]), row[self.label]
+            yield f"{self.name}, shard {shard}, row {place}", encoded(row[self.image]), known(row[self.label])
 
 
 def encoded(image: dict[str, Any]) -> bytes:
     """The stored file of an undecoded image of the ``datasets`` library."""
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def known(number: int | None) -> int:
+    """A class number; -1 where it is secret, as other sets write it."""
+    return -1 if number is None else number
 
 
 HubRows = tuple[Any, str, str, str]  # rows with undecoded images, the images' column, the labels', fingerprint
@@ -154,7 +159,7 @@ def hub_shards(name: str, rows: Any, image: str, label: str, fingerprint: str, c
 
 def hub_images(name: str, rows: Any, image: str, label: str, fingerprint: str) -> Stored:
     """A split that was downloaded, by row number."""
-    labels = torch.tensor(rows[label][:], dtype=torch.int64)
+    labels = torch.tensor([known(number) for number in rows[label][:]])
     return RowImage(rows, image), labels, f"{name} {fingerprint}"
 
 

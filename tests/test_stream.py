@@ -19,7 +19,18 @@ import train
 from data.datamodule import ImageDataModule, StreamBatches
 from data.hub import load_torch
 from data.sources import DataError, load_source
-from data.stream import Sample, Stream, StreamDataset, StreamOrder, TarShards, even, find_tars, load_tars, shuffled
+from data.stream import (
+    Sample,
+    Stream,
+    StreamDataset,
+    StreamDraw,
+    StreamOrder,
+    TarShards,
+    even,
+    find_tars,
+    load_tars,
+    shuffled,
+)
 from vit.checkpoint import load_checkpoint
 from vit.preprocess import Preprocess
 
@@ -492,14 +503,18 @@ def test_hub_sets_are_read_by_number(hub, options):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
-def test_splits_whose_labels_are_secret_are_left_out(hub, options):
+@pytest.mark.parametrize("secret", [-1, None])
+def test_splits_whose_labels_are_secret_are_left_out(hub, options, secret):
     datasets = pytest.importorskip("datasets")
     (file,) = hub.glob("test-*.parquet")
     rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(options["root"]))
-    rows.map(lambda row: {"kind": -1}).to_parquet(str(file))
+    rows.map(lambda row: {"kind": secret}).to_parquet(str(file))
     source: Any = load_source(f"hfds/{hub}", **options)
     assert source.test is None
     assert len(source.train.labels) == 34
+    source = load_source(f"hfids/{hub}", **options)
+    with pytest.raises(DataError, match="class number -1, but there are 3 classes"):
+        StreamBatches(source.test)[StreamDraw(0, (0, 4), 0, 4)]
 
 
 def test_missing_hub_set_is_one_line(tmp_path, options, monkeypatch):
@@ -540,6 +555,26 @@ def test_torchvisions_names_that_are_there_twice_are_told_apart(options, monkeyp
 
     monkeypatch.setattr("timm.data.dataset_factory.create_dataset", lambda *_, **__: Part())
     assert load_torch("imagenet", options["root"])[0] == ("crane (0)", "dog", "crane (2)")
+
+
+def test_images_that_torchvision_cannot_decode_are_listed_as_bad(options, monkeypatch):
+    class Part:
+        classes, targets = ["cat", "dog"], [0, 1, 0, 1]
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            if index == 2:
+                raise OSError("image file is truncated")
+            return Image.new("RGB", (8, 6)), self.targets[index]
+
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", lambda *_, **__: Part())
+    message = r"^torch/pets train, image 2: image file is truncated \(and 1 more of 8 files\)"
+    with pytest.raises(DataError, match=message):
+        load_source("torch/pets", **options)
+    source: Any = load_source("torch/pets", **options, on_bad="skip")
+    assert source.train.labels.tolist() == [0, 1, 1]
 
 
 def test_unknown_torchvision_set_is_one_line(options):
