@@ -312,7 +312,9 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
 
         def same_data(side: tuple[int, int] = side) -> Iterator[Any]:
             for batch in epochs_of(cli.datamodule, device):
-                scaled = F.interpolate(batch.images, side, mode="bilinear", antialias=True) if side != size else None
+                scaled = (
+                    F.interpolate(batch.images, side, mode="bilinear", antialias=True) if list(side) != size else None
+                )
                 yield batch.images if scaled is None else scaled, batch.labels
 
         one_batch = partial(repeat, (images, labels))

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.augment import DRAWS, Augment, epoch_key, uniform
 from data.cache import OnBad
-from data.sources import DataError, Source, Split, Stream, load_source, prepare_source, stratified_split
+from data.sources import DataError, Source, Split, Stream, load_source, stratified_split
 from data.stream import StreamDataset, StreamOrder, even
 from vit.preprocess import Preprocess
 
@@ -232,20 +231,14 @@ class ImageDataModule(LightningDataModule):
         self.resumed = 0  # optimiser steps done when this run was resumed
         self.device = CPU  # of the model
         self.copies: dict[tuple[Split, torch.device], Split] = {}  # what lies on it
-        self._where: dict[str, Any] = {
-            "root": Path(root),
-            "image_size": image_size,
-            "num_workers": num_workers,
-            "on_bad": on_bad,
-            "white": white,
-        }
         self.white = white
+        self._how: Any = {"root": root, "image_size": image_size, "num_workers": num_workers, "on_bad": on_bad}
 
     # The facts that the model needs; train.py links them to its arguments.
 
     @cached_property
     def source(self) -> Source:
-        return load_source(self.dataset, **self._where)
+        return load_source(self.dataset, white=self.white, **self._how)
 
     @property
     def class_names(self) -> list[str]:
@@ -260,16 +253,16 @@ class ImageDataModule(LightningDataModule):
         return list(self.source.std)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        height, width = self.source.train.shape[-2:]
-        return int(height), int(width)
+    def image_size(self) -> list[int]:
+        return [int(side) for side in self.source.train.shape[-2:]]
 
     @cached_property
     def preprocess(self) -> Preprocess:
-        return Preprocess(image_size=self.image_size, mean=self.source.mean, std=self.source.std, white=self.white)
+        height, width = self.image_size
+        return Preprocess(image_size=(height, width), mean=self.source.mean, std=self.source.std, white=self.white)
 
     def prepare_data(self) -> None:
-        prepare_source(self.dataset, **self._where)
+        _ = self.source  # downloads and decodes; one process a node does, and the others find it done
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:

@@ -22,11 +22,11 @@ from data.cache import (
     say_once,
 )
 from data.hub import StoredImages, hub_images, hub_shards, load_hub, load_tfds, load_torch
-from data.labels import TABLES, list_images, list_table
+from data.labels import SPLITS, TABLES, list_images, list_table
 from data.stream import Shards, Stream, load_tars, stream_statistics
 from vit.preprocess import Preprocess
 
-__all__ = ["DataError", "ImageFiles", "Source", "Split", "Stream", "load_source", "prepare_source", "stratified_split"]
+__all__ = ["DataError", "ImageFiles", "Source", "Split", "Stream", "load_source", "stratified_split"]
 
 CIFAR_STATISTICS = {  # of the training images, as published with most recipes
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -66,7 +66,6 @@ class Source:
     """A data set.
 
     Args:
-        name: What the user asked for, or the folder's name.
         class_names: Name of each class number.
         mean: Mean of each channel over the training images, of values in [0, 1].
         std: Standard deviation of each channel over the training images, of values in [0, 1].
@@ -75,13 +74,32 @@ class Source:
         test: Test images, if the source has any.
     """
 
-    name: str
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train: Split | Any  # Any: a Stream
     val: Split | Any | None = None
     test: Split | Any | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a data set is opened: the arguments of ``load_source``."""
+
+    root: Path
+    image_size: tuple[int, int] | None
+    num_workers: int
+    on_bad: OnBad
+    white: float | None
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How to decode to uint8; mean and std are not known yet, and stand for three channels."""
+        return Preprocess(image_size=self.image_size or (1, 1), mean=(0.5,) * 3, std=(0.5,) * 3, white=self.white)
 
 
 def load_source(
@@ -109,41 +127,29 @@ def load_source(
     Raises:
         DataError: If the data set cannot be used; one line that names the path.
     """
-    root = Path(root).expanduser()
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and min(size) < 1:
         raise DataError(f"image_size is {image_size}, it must be at least 1 pixel")
     if white is not None and not 0 < white < math.inf:
         raise DataError(f"data.white is {white}, it must be above 0")
     kind, slash, rest = dataset.partition("/")
-    how: dict[str, Any] = {"root": root, "image_size": size, "on_bad": on_bad, "white": white}
+    options = Options(
+        root=Path(root).expanduser(), image_size=size, num_workers=num_workers, on_bad=on_bad, white=white
+    )
     if dataset == "digits":
         source = load_digits()
     elif dataset in CIFAR_STATISTICS:
-        source = load_cifar(dataset, root)
+        source = load_cifar(dataset, options.root)
     elif slash and kind in ("wds", "hfids"):
-        return load_stream(dataset, kind, rest, **how)
+        return load_stream(dataset, kind, rest, options)
     elif slash and kind in ("hfds", "tfds", "torch"):
-        return load_stored(dataset, kind, rest, num_workers=num_workers, **how)
+        return load_stored(dataset, kind, rest, options)
     else:
-        return load_files(dataset, num_workers=num_workers, **how)
+        return load_files(dataset, options)
     native = source.train.shape[-2:]
     if size is not None and size != native:
         raise DataError(f"{dataset} has images of {native[0]}x{native[1]} pixels, image_size is {size[0]}x{size[1]}")
     return source
-
-
-def prepare_source(
-    dataset: str,
-    *,
-    root: str | Path = "datasets",
-    image_size: int | tuple[int, int] | None = None,
-    num_workers: int = 2,
-    on_bad: OnBad = "fail",
-    white: float | None = None,
-) -> None:
-    """Download and decode once, so that ``load_source`` with the same arguments is quick; run by one process a node."""
-    load_source(dataset, root=root, image_size=image_size, num_workers=num_workers, on_bad=on_bad, white=white)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -183,7 +189,6 @@ def load_digits() -> Source:
     train, test = stratified_split(targets, 0.2, seed=0)
     mean, std = channel_statistics([images[train]])
     return Source(
-        name="digits",
         class_names=tuple("0123456789"),
         mean=mean,
         std=std,
@@ -213,18 +218,10 @@ def load_cifar(name: str, root: Path) -> Source:
         for part, found in parts.items()
     }
     mean, std = CIFAR_STATISTICS[name]
-    return Source(name=name, class_names=tuple(parts["train"].classes), mean=mean, std=std, **splits)
+    return Source(class_names=tuple(parts["train"].classes), mean=mean, std=std, **splits)
 
 
-def load_files(
-    dataset: str,
-    *,
-    root: Path,
-    image_size: tuple[int, int] | None,
-    num_workers: int,
-    on_bad: OnBad,
-    white: float | None,
-) -> Source:
+def load_files(dataset: str, options: Options) -> Source:
     """Image files: of a folder with class folders, of several such folders, or of a table."""
     if not all(part.strip() for part in dataset.split(",")):  # which would be the present folder
         raise DataError(f"data.dataset {dataset!r} has an empty name in it: give {FORMS}")
@@ -238,32 +235,20 @@ def load_files(
                 what = "is a file" if path.exists() else "is no folder and no known data set"
                 raise DataError(f"{path} {what}: --data.dataset takes {FORMS}")
         class_names, parts = list_images(paths)
-    name = re.sub(r"[^\w.-]+", "_", "-".join(path.resolve().name for path in paths))[:40]
     files = {
-        split: ImageFiles(folder=folder, names=names, preprocess=placeholder(image_size, white))
+        split: ImageFiles(folder=folder, names=names, preprocess=options.preprocess)
         for split, (folder, names, _) in parts.items()
     }
     labels = {split: part[2] for split, part in parts.items()}
-    where: dict[str, Any] = {"root": root, "image_size": image_size, "num_workers": num_workers, "on_bad": on_bad}
-    return decoded(name, class_names, files, labels, **where)
+    return decoded("-".join(path.resolve().name for path in paths), class_names, files, labels, options)
 
 
-def load_stored(
-    dataset: str,
-    kind: str,
-    name: str,
-    *,
-    root: Path,
-    image_size: tuple[int, int] | None,
-    num_workers: int,
-    on_bad: OnBad,
-    white: float | None,
-) -> Source:
+def load_stored(dataset: str, kind: str, name: str, options: Options) -> Source:
     """A set of torchvision, TensorFlow Datasets or Hugging Face that is on the disk after its download."""
     if kind in ("tfds", "torch"):
-        class_names, found = (load_tfds if kind == "tfds" else load_torch)(name, root)
+        class_names, found = (load_tfds if kind == "tfds" else load_torch)(name, options.root)
     else:
-        class_names, rows = load_hub(name, root, streaming=False)
+        class_names, rows = load_hub(name, options.root, streaming=False)
         found = {split: hub_images(f"{dataset} {split}", *part) for split, part in rows.items()}
     found = {s: part for s, part in found.items() if len(part[1]) and part[1].min() >= 0}  # -1: a secret, as ImageNet's
     if "train" not in found:
@@ -272,21 +257,14 @@ def load_stored(
         split: StoredImages(
             folder=f"{dataset} {split}",
             names=np.arange(len(labels)),
-            preprocess=placeholder(image_size, white),
+            preprocess=options.preprocess,
             get=get,
             fingerprint=fingerprint,
         )
         for split, (get, labels, fingerprint) in found.items()
     }
     labels = {split: part[1] for split, part in found.items()}
-    name = re.sub(r"[^\w.-]+", "_", dataset)[:40]
-    where: dict[str, Any] = {"root": root, "image_size": image_size, "num_workers": num_workers, "on_bad": on_bad}
-    return decoded(name, class_names, files, labels, **where)
-
-
-def placeholder(image_size: tuple[int, int] | None, white: float | None) -> Preprocess:
-    """How to decode to uint8; mean and std are not known yet, and stand for three channels."""
-    return Preprocess(image_size=image_size or (1, 1), mean=(0.5,) * 3, std=(0.5,) * 3, white=white)
+    return decoded(dataset, class_names, files, labels, options)
 
 
 def decoded(
@@ -294,39 +272,29 @@ def decoded(
     class_names: tuple[str, ...],
     files: Mapping[str, ImageFiles],
     labels: Mapping[str, Tensor],
-    *,
-    root: Path,
-    image_size: tuple[int, int] | None,
-    num_workers: int,
-    on_bad: OnBad,
+    options: Options,
 ) -> Source:
     """A source from the files of each split: decoded once into the cache if they fit, else batch by batch.
 
     Args:
-        name: Start of the cache files' names.
+        name: What the cache files are called after.
         class_names: Name of each class number.
         files: Files of each split.
         labels: Class numbers of each split (N,).
-        root: Folder for the cache.
-        image_size: Height and width to cut to, in pixels; None to take the first image's and require it of all.
-        num_workers: Processes that decode.
-        on_bad: What to do about files that cannot be read.
+        options: Without an image_size, that of the first image is taken and required of all.
     """
-    if image_size is None:
+    name = re.sub(r"[^\w.-]+", "_", name)[:40]
+    if options.image_size is None:
         size, size_from = first_size(files["train"])
         preprocess = replace(files["train"].preprocess, image_size=size)
         files = {split: replace(part, preprocess=preprocess, size_from=size_from) for split, part in files.items()}
-    cache: dict[str, Any] = {"folder": root / "cache", "num_workers": num_workers}
-    files, labels = readable(files, labels, name=name, on_bad=on_bad, **cache)
+    cache: dict[str, Any] = {"folder": options.cache, "num_workers": options.num_workers}
+    files, labels = readable(files, labels, name=name, on_bad=options.on_bad, **cache)
     images = {split: cached_images(part, name=f"{name}-{split}", **cache) for split, part in files.items()}
     mean, std = cached_statistics(files["train"], images["train"], name=f"{name}-train", **cache)
     hint(name, files["train"])
-    splits = {
-        split: Split(images=images[split], labels=labels[split], files=part)
-        for split, part in files.items()
-        if split in ("train", "val", "test")
-    }
-    return Source(name=name, class_names=class_names, mean=mean, std=std, **splits)
+    splits = {s: Split(images=images[s], labels=labels[s], files=part) for s, part in files.items() if s in SPLITS}
+    return Source(class_names=class_names, mean=mean, std=std, **splits)
 
 
 def hint(name: str, files: ImageFiles) -> None:
@@ -347,36 +315,33 @@ def hint(name: str, files: ImageFiles) -> None:
         say_once(f"{words} out dark; --data.white {2 ** max(values).bit_length() - 1} takes that for white")
 
 
-def load_stream(
-    dataset: str,
-    kind: str,
-    name: str,
-    *,
-    root: Path,
-    image_size: tuple[int, int] | None,
-    on_bad: OnBad,
-    white: float | None,
-) -> Source:
+def load_stream(dataset: str, kind: str, name: str, options: Options) -> Source:
     """A set that is read in order, shard after shard, and never decoded as a whole."""
-    if image_size is None:
+    if options.image_size is None:
         raise DataError(f"{dataset} is streamed, so its images have no one size: give data.image_size")
     shards: Mapping[str, Shards]
-    cache = root / "cache"
     if kind == "wds":
-        class_names, shards = load_tars(Path(name).expanduser(), cache)
+        class_names, shards = load_tars(Path(name).expanduser(), options.cache)
     else:
-        class_names, rows = load_hub(name, root, streaming=True)
-        shards = {split: hub_shards(f"{dataset} {split}", *part, cache / "hfids") for split, part in rows.items()}
+        class_names, rows = load_hub(name, options.root, streaming=True)
+        shards = {
+            split: hub_shards(f"{dataset} {split}", *part, options.cache / "hfids") for split, part in rows.items()
+        }
     if "train" not in shards:
         raise DataError(f"{dataset} has no training split, only {', '.join(shards)}")
-    how: dict[str, Any] = {"preprocess": placeholder(image_size, white), "classes": len(class_names), "on_bad": on_bad}
     splits = {
-        split: Stream(shards=part, chosen=tuple(range(len(part.lengths))), **how)
+        split: Stream(
+            shards=part,
+            chosen=tuple(range(len(part.lengths))),
+            classes=len(class_names),
+            preprocess=options.preprocess,
+            on_bad=options.on_bad,
+        )
         for split, part in shards.items()
-        if split in ("train", "val", "test")
+        if split in SPLITS
     }
-    mean, std = stream_statistics(splits["train"], cache / f"{kind}-train-statistics")
-    return Source(name=dataset, class_names=class_names, mean=mean, std=std, **splits)
+    mean, std = stream_statistics(splits["train"], options.cache / f"{kind}-train-statistics")
+    return Source(class_names=class_names, mean=mean, std=std, **splits)
 
 
 def first_size(files: ImageFiles) -> tuple[tuple[int, int], str]:

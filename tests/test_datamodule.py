@@ -441,7 +441,7 @@ def test_no_held_out_images_for_a_last_run():
 def test_facts_are_those_of_the_images(digits, folder, tmp_path):
     pixels = digits.source.train.images.double().numpy() / 255
     assert digits.class_names == list("0123456789")
-    assert digits.image_size == (8, 8)
+    assert digits.image_size == [8, 8]
     assert (digits.mean, digits.std) == (
         pytest.approx([pixels.mean()], abs=1e-6),
         pytest.approx([pixels.std()], abs=1e-6),
@@ -449,7 +449,7 @@ def test_facts_are_those_of_the_images(digits, folder, tmp_path):
     module = ImageDataModule(dataset=str(folder), root=str(tmp_path / "cache"), num_workers=0)
     values = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))]) / 255
     assert module.class_names == ["cat", "dog"]
-    assert module.image_size == (8, 6)
+    assert module.image_size == [8, 6]
     assert module.mean == pytest.approx(values.mean((0, 1, 2)), abs=1e-6)
     assert module.std == pytest.approx(values.std((0, 1, 2)), abs=1e-6)
 

@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import data.cache
-from data.sources import DataError, load_source, prepare_source, stratified_split
+from data.sources import DataError, load_source, stratified_split
 
 SIZE = (8, 6)  # Pillow's order: width, height
 
@@ -119,7 +119,6 @@ def colours(split) -> list[tuple[int, int]]:
 
 def test_plain_folder(tmp_path, load):
     source = load(make(tmp_path / "pets", dog=2, cat=3))
-    assert source.name == "pets"
     assert source.class_names == ("cat", "dog")
     assert source.train.images.shape == (5, 3, 6, 8)
     assert source.train.labels.tolist() == [0, 0, 0, 1, 1]
@@ -334,9 +333,9 @@ def test_large_folder_is_read_batch_by_batch(tmp_path, load, monkeypatch):
     assert (large.mean, large.std) == (small.mean, small.std)
 
 
-def test_prepared_source_loads_without_decoding(tmp_path, load, monkeypatch):
+def test_source_is_decoded_once(tmp_path, load, monkeypatch):
     folder = make(tmp_path / "x", train__a=2, train__b=3, val__a=1, test__b=2)
-    prepare_source(str(folder), root=tmp_path / "root", num_workers=0, image_size=(6, 8))
+    load(folder, image_size=(6, 8))
     monkeypatch.setattr(data.cache, "open_image", None)
     source = load(folder, image_size=(6, 8))
     assert colours(source.test) == [(3, 0), (3, 1)]

@@ -71,7 +71,7 @@ class ViTClassifier(LightningModule):
     def __init__(
         self,
         *,
-        image_size: tuple[int, int],
+        image_size: Sequence[int],
         class_names: Sequence[str],
         mean: Sequence[float],
         std: Sequence[float],
@@ -98,10 +98,11 @@ class ViTClassifier(LightningModule):
         self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
         self.resumed = False  # whether these are the weights of a checkpoint
         self.measured = False  # whether it holds the best of weights that were validated
+        size = image_size[0], image_size[1]
         if pretrained is None:
-            self.vit = VisionTransformer(image_size=image_size, in_chans=len(mean), num_classes=len(class_names), **vit)
+            self.vit = VisionTransformer(image_size=size, in_chans=len(mean), num_classes=len(class_names), **vit)
         else:
-            facts = {"image_size": image_size, "class_names": class_names, "mean": mean, "std": std}
+            facts = {"image_size": size, "class_names": class_names, "mean": mean, "std": std}
             self.vit, self.adapted = start_from(pretrained, **facts, **asked_for(vit))
         for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
             if not 0 <= value < 1:
