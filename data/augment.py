@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DRAWS = (
-    24  # random numbers for each image: 0-4 moves, 5 whether, 6-8 colours, 9-12 hole, 13-16 crop, 17-19 policy, 20 mix
-)
+# Random numbers for each image: 0-4 moves, 5 whether, 6-8 colours, 9-12 hole, 13-16 crop, 17-19 policy, 20-23 mix.
+DRAWS = 24
 CHANGES = (  # of which the policy draws one; the first is not drawn but stands for an image that gets none
     *("none", "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
     *("brightness", "color", "contrast", "sharpness", "posterize", "solarize", "autocontrast"),

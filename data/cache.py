@@ -33,7 +33,7 @@ from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
 VERSION = 1  # part of every cache file's name: raise it when decoding or the layout changes
 LIMIT = 2 * 2**30  # bytes of pixels of one split; larger ones are decoded batch by batch
 CHUNK = 2**19  # bytes of pixels that a worker sends back at a time: containers are short of shared memory
-SAMPLE = 2000  # images that stand for a split too large for the cache
+SAMPLE = 2000  # images that stand for a split too large for the cache, or for a stream
 ADVICE = "; repair or remove it"
 OnBad = Literal["fail", "skip"]
 
@@ -332,7 +332,6 @@ def decode(files: ImageFiles, num_workers: int, title: str, *, keep: bool = True
     loader = DataLoader(
         _Chunks(files, chunks, keep),
         batch_size=None,
-        collate_fn=_unchanged,
         worker_init_fn=_silence,
         num_workers=num_workers if len(chunks) > num_workers else 0,
         generator=torch.Generator(),  # the default one would advance the run's random numbers, but only without a cache
@@ -384,10 +383,6 @@ class _Chunks(Dataset):
             except DataError as error:
                 return images[0], unreadable, str(error)
         return torch.cat(images), unreadable, None
-
-
-def _unchanged(item):
-    return item
 
 
 def _silence(worker: int) -> None:

@@ -27,12 +27,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from data.cache import ADVICE, DataError, OnBad, channel_statistics, write_atomically
+from data.cache import ADVICE, SAMPLE, DataError, OnBad, channel_statistics, write_atomically
 from data.labels import SPLITS, split_of
 from vit.preprocess import SUFFIXES, ImageError, Preprocess
 
 BUFFER = 1024  # undecoded samples among which a worker shuffles: their bytes, times workers, are in memory
-SAMPLE = 2000  # images from which mean and standard deviation are taken
 
 
 class Sample(NamedTuple):
@@ -276,7 +275,7 @@ class TarShards:
         path = self.files[shard]
         with open_tar(path) as tar:
             for name, image, label in islice(tar_samples(path, tar), start, stop):
-                yield name, content(tar, image), class_number(path, tar, name, label)
+                yield name, content(tar, image), class_number(tar, name, label)
 
 
 def open_tar(path: str) -> tarfile.TarFile:
@@ -310,7 +309,7 @@ def content(tar: tarfile.TarFile, file: tarfile.TarInfo) -> bytes:
     return stored.read()
 
 
-def class_number(path: str, tar: tarfile.TarFile, name: str, label: tarfile.TarInfo | None) -> int:
+def class_number(tar: tarfile.TarFile, name: str, label: tarfile.TarInfo | None) -> int:
     text = b"" if label is None else content(tar, label).strip()
     if not text.isdigit():
         raise DataError(f"{name}: no class number in a file of that name with the ending .cls")
@@ -407,7 +406,7 @@ def count_tars(files: list[str], name: Path) -> tuple[dict[str, int], int]:
         lengths, classes = {}, 0
         for file in progress(files, "counting samples"):
             with open_tar(file) as tar:
-                labels = [class_number(file, tar, name, label) for name, _, label in tar_samples(file, tar)]
+                labels = [class_number(tar, name, label) for name, _, label in tar_samples(file, tar)]
             lengths[file] = len(labels)
             classes = max([classes, *(label + 1 for label in labels)])
         return {"lengths": lengths, "classes": classes}
