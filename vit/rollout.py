@@ -447,17 +447,11 @@ def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, T
     """
     grid = model.grid_of(images.shape[-2], images.shape[-1])
     patches = slice(model.num_prefix_tokens, None)
-    total = torch.zeros((), device=images.device)
-
-    def keep(weights: Tensor) -> Tensor:
-        nonlocal total
-        total = total + fuse_heads(weights)[:, patches, patches]  # (B, P, P)
-        start = pooling_weights(model, weights.shape[-1]).to(weights.dtype)
-        return (start @ weights)[..., patches].float()  # (B, h, P)
-
-    x, heads = model.embed(images), []
+    x, heads, total = model.embed(images), [], torch.zeros((), device=images.device)
+    start = pooling_weights(model, x.shape[1])
     for block in model.blocks:
         x, weights = block.explain(x)
-        heads.append(keep(weights))
+        heads.append((start.to(weights.dtype) @ weights)[..., patches].float())  # (B, h, P)
+        total = total + fuse_heads(weights)[:, patches, patches]  # (B, P, P)
     mean = (total / len(heads)).unflatten(2, grid).unflatten(1, grid)
     return model.forward_head(model.norm(x)), torch.stack(heads, 1).unflatten(-1, grid), mean
