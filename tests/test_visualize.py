@@ -143,7 +143,7 @@ def test_contact_sheet_holds_every_image():
     entries = [
         {"image": Image.new("RGB", (40 + 10 * i, 40), c), "grid": GRID, "caption": str(i)} for i, c in enumerate(colors)
     ]
-    pixels = np.asarray(contact_sheet(entries, columns=2, title="five")).reshape(-1, 3)
+    pixels = np.asarray(contact_sheet(entries, columns=2)).reshape(-1, 3)
     for color in colors:
         assert (pixels == color).all(1).sum() > 10000
     assert len({contact_sheet(entries, columns=n).width for n in (1, 2, 3)}) == 3

@@ -18,14 +18,14 @@ from vit.records import shown
 SHOWN = 12  # class names that are listed
 
 
-def flops(model: VisionTransformer, batch: int = 1) -> int:
-    """Floating-point operations of a forward pass at the model's image size, a multiply-add counting as two.
+def flops(model: VisionTransformer) -> int:
+    """Floating-point operations for one image of the model's size, a multiply-add counting as two.
 
     Matrix products and convolutions are counted, as is usual; nothing is computed.
     """
     with torch.device("meta"):
         shape = VisionTransformer(**model.architecture)
-        images = torch.empty(batch, model.in_chans, *model.image_size)
+        images = torch.empty(1, model.in_chans, *model.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shape.forward_attention(images, lambda weights: weights)  # whose products are all visible to the counter
     return counter.get_total_flops()

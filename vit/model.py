@@ -99,15 +99,10 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, first)
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
-    def weights(self, x: Tensor) -> Tensor:
-        """What each token (row) takes from every other (column); rows sum to 1."""
-        q, k, _ = self.heads(x)
-        return (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, N, N)
-
     def explain(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
-        """``forward`` and its rows of ``weights``, with the output computed from those very weights."""
+        """``forward``, and the weights it is computed from: what each token (row) takes from every other (column)."""
         q, k, v = self.heads(x, first)
-        weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
+        weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, first or N, N), rows sum to 1
         return self.merge(weights.to(v.dtype) @ v), weights
 
 

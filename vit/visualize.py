@@ -96,15 +96,9 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
-def captioned(picture: Image.Image, text: str, size: int | None = None) -> Image.Image:
-    """The picture with a line of text below it, shortened in the middle if it is too long.
-
-    Args:
-        picture: Any RGB picture.
-        text: The line.
-        size: Height of the letters, in pixels; none for one that suits the picture.
-    """
-    size = size or min(max(14, picture.width // 40), 32)
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """An RGB picture with a line of text below it, shortened in the middle if it is too long."""
+    size = min(max(14, picture.width // 40), 32)
     line = shortened(text, font(size), picture.width)
     result = Image.new("RGB", (picture.width, picture.height + 2 * size), PAPER)
     result.paste(picture, (0, 0))
@@ -122,16 +116,13 @@ def shortened(text: str, letters: ImageFont.FreeTypeFont, width: int) -> str:
     return line
 
 
-def contact_sheet(
-    entries: Sequence[Mapping[str, Any]], *, columns: int | None = None, size: int = 224, title: str | None = None
-) -> Image.Image:
+def contact_sheet(entries: Sequence[Mapping[str, Any]], *, columns: int | None = None, size: int = 224) -> Image.Image:
     """One picture of many overlays, in rows.
 
     Args:
         entries: The arguments of ``overlay`` for each image: image, grid, and box and caption where there are any.
         columns: Overlays in a row; none for about as wide as high.
         size: Longer side of each image, in pixels.
-        title: Line above.
 
     Raises:
         ValueError: If there are no entries.
@@ -144,10 +135,8 @@ def contact_sheet(
     columns = min(len(panels), columns or max(1, round((len(panels) * height / width) ** 0.5 + 0.25)))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(p.height for p in row) for row in rows]
-    top = 3 * gap if title else gap
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + len(rows) * gap + top), PAPER)
-    if title:
-        ImageDraw.Draw(sheet).text((gap, top // 2), title, fill=INK, font=font(gap), anchor="lm")
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + (len(rows) + 1) * gap), PAPER)
+    top = gap
     for row, height in zip(rows, heights, strict=True):
         for i, panel in enumerate(row):  # images of other shapes stand on one line, captions side by side
             left = gap + i * (width + gap) + (width - panel.width) // 2
