@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 Record = dict[str, Any]
 PARTIAL = ".partial"  # what an unfinished output file is called, behind its name
@@ -32,25 +32,27 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class Format(Protocol):
+class Format:
     """How records become bytes; ``read`` turns them back where a run can be resumed."""
-
-    def start(self) -> bytes: ...
-    def record(self, record: Record) -> bytes: ...
-    def end(self) -> bytes: ...
-
-
-class JsonLines:
-    """One object a line, UTF-8; undecodable bytes of a path are ``\\udcXX`` escapes, as ``os.fsencode`` takes them."""
 
     def start(self) -> bytes:
         return b""
 
     def record(self, record: Record) -> bytes:
-        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        raise NotImplementedError
 
     def end(self) -> bytes:
         return b""
+
+    def read(self, file: BinaryIO) -> Iterator[tuple[Record, bytes]]:
+        raise NotImplementedError
+
+
+class JsonLines(Format):
+    """One object a line, UTF-8; undecodable bytes of a path are ``\\udcXX`` escapes, as ``os.fsencode`` takes them."""
+
+    def record(self, record: Record) -> bytes:
+        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
     def read(self, file: BinaryIO) -> Iterator[tuple[Record, bytes]]:
         """Whole records and their bytes; a torn one at the end is left out."""
@@ -60,7 +62,7 @@ class JsonLines:
             yield json.loads(line), line
 
 
-class Json:
+class Json(Format):
     """One JSON array, written as it grows."""
 
     def __init__(self) -> None:
@@ -77,7 +79,7 @@ class Json:
         return (b"\n" if self.separator else b"") + b"]\n"
 
 
-class Csv:
+class Csv(Format):
     """A row an image: path, label_1, score_1, ... label_k, score_k, error; unsure, map and map_score where asked for.
 
     Args:
@@ -102,9 +104,6 @@ class Csv:
 
     def record(self, record: Record) -> bytes:
         return self._line(self.row(record))
-
-    def end(self) -> bytes:
-        return b""
 
     @staticmethod
     def _line(cells: list[Any]) -> bytes:
@@ -198,7 +197,7 @@ class _Pieces(io.RawIOBase):
         return data
 
 
-class Table:
+class Table(Format):
     """Columns for people.
 
     Args:
@@ -213,9 +212,6 @@ class Table:
         """Make room for the paths of the next records, so that their columns line up."""
         self.path_width = max(self.path_width, *(min(len(printable(shown(path))), 60) for path in paths))
 
-    def start(self) -> bytes:
-        return b""
-
     def record(self, record: Record) -> bytes:
         path = printable(shown(record["path"]))
         if "error" in record:
@@ -225,9 +221,6 @@ class Table:
             text = "   ".join(cells) + ("   unsure" if record.get("unsure") else "")
             text += f"   map score {record['map_score']:+.2f}" if "map_score" in record else ""
         return f"{path:<{self.path_width}}   {text}\n".encode("utf-8", "backslashreplace")
-
-    def end(self) -> bytes:
-        return b""
 
 
 class Output:
@@ -283,7 +276,7 @@ class Output:
         size = len(self.format.start())
         try:
             with open(self.current, "rb") as file:
-                for record, data in self.format.read(file):  # type: ignore[attr-defined]
+                for record, data in self.format.read(file):
                     _ = shown(record["path"]), "error" in record or record["predictions"][0]["label"]
                     size += len(data)
                     yield record, data
