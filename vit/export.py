@@ -122,25 +122,19 @@ class Explained(nn.Module):
         about: Its description: normalisation and temperature become part of the graph.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: VisionTransformer, about: Checkpoint):
         super().__init__()
         # Without stochastic depth, which does nothing here but would fix the size of the batch in the exported graph.
         self.model = VisionTransformer(**{**model.architecture, "drop_path_rate": 0.0})
         self.model.load_state_dict(model.state_dict(), assign=True)
-        self.temperature = about.temperature
-        self.register_buffer("mean", torch.tensor(about.preprocess.mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(about.preprocess.std).view(-1, 1, 1))
+        self.about = about
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images = (pixels.float() / 255 - self.mean) / self.std
-        logits, matrices = self.model.forward_attention(images, fuse_heads)
+        logits, matrices = self.model.forward_attention(self.about.preprocess.normalize(pixels), fuse_heads)
         start = pooling_weights(self.model, matrices[-1].shape[1])
         patches = rollout(matrices, start)[:, self.model.num_prefix_tokens :]
         grid = (patches / patches.sum(1, keepdim=True)).unflatten(1, self.model.grid_size)
-        return logits, (logits / self.temperature).softmax(1), grid
+        return logits, (logits / self.about.temperature).softmax(1), grid
 
 
 def export_onnx(model: VisionTransformer, about: Checkpoint, path: str | Path) -> dict[str, float]:
