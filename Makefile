@@ -11,7 +11,7 @@ help:  ## show this list
 demo: $(INSTALLED)  ## train on handwritten digits, classify held-out ones, draw where the model looked (a minute)
 	@.venv/bin/python -m benchmarks.digits
 
-test: $(INSTALLED)  ## run the tests (5 minutes)
+test: $(INSTALLED)  ## run the tests (about 6 minutes)
 	@.venv/bin/python -m pytest
 
 lint: $(INSTALLED)  ## check style and types

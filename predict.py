@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from importlib.util import find_spec
 
-from vit.run import run
+from vit.run import resumable, run
 
 FORMATS = ("table", "json", "jsonl", "csv", "parquet")
 ENDINGS = {"": "table", "txt": "table"} | {name: name for name in FORMATS}  # of --out
@@ -134,7 +134,7 @@ def check(options: argparse.Namespace) -> None:
     if options.method and not (options.maps or options.report or options.score_maps):
         error("--method says how maps are made; ask for some: --maps DIR, --report FILE.html or --score-maps")
     options.method = options.method or "rollout"
-    if options.resume and not (options.out and options.format in ("jsonl", "csv")):
+    if options.resume and not (options.out and resumable(options)):
         error("--resume needs --out FILE with --format jsonl or csv")
 
 

@@ -110,9 +110,8 @@ class TrainCLI(LightningCLI):
 
         For a measurement Lightning then takes the model's arguments from the file.
         """
-        config = self.config[self.config["subcommand"]]
+        config = self.config[subcommand := self.config["subcommand"]]
         root, path = Path(config["trainer"]["default_root_dir"]), config.get("ckpt_path")
-        subcommand = self.config["subcommand"]
         if path == "best" or (path == "last" and subcommand != "fit"):
             path = config["ckpt_path"] = str(root / f"{path}.ckpt")
         elif path == "last" and (root / "last.ckpt").exists():

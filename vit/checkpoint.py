@@ -22,6 +22,7 @@ from torch import Tensor
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 
+SHIPPED = Path(__file__).parent / "weights" / "cifar10.safetensors"  # the weights that come with the code
 FORMAT_VERSION = 1
 KEY = "vit"  # of the JSON text in the file's metadata
 LARGEST = 1_000_000  # number an architecture may hold; a hostile one could keep us busy for ever

@@ -96,7 +96,7 @@ class Gallery:
         self.survey = Survey(predictor.class_names) if report else None
         self.limit = SURVEYED if report else SHEET  # of the first so many images something is kept until the end
         self.entries: list[dict[str, Any]] = []
-        self.unwritten = {"sheet"} if folder else set()
+        self.sheet_due = folder is not None
         if report:
             with _named(report):
                 _try(report)
@@ -138,8 +138,8 @@ class Gallery:
 
     def flush(self, *, end: bool = False) -> None:
         """Write the sheet if it is full, and at the end what is not yet written."""
-        if "sheet" in self.unwritten and self.entries and (end or len(self.entries) >= SHEET):
-            self.unwritten.remove("sheet")
+        if self.sheet_due and self.entries and (end or len(self.entries) >= SHEET):
+            self.sheet_due = False
             self._save(contact_sheet(self.entries[:SHEET]), f"{self.folder}/{self.sheet}")
         if end and self.report and self.survey and self.survey.paths:
             view = self.survey.view()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
 from vit.preprocess import ImageError, open_image
@@ -27,7 +27,6 @@ Source = File | np.ndarray
 Precision = Literal["auto", "float32", "bfloat16"]
 T = TypeVar("T")
 
-SHIPPED = Path(__file__).parent / "weights" / "cifar10.safetensors"
 BATCH_SIZE = {"cpu": 64, "cuda": 256}
 DEVICES = "use auto, cpu, cuda or cuda:NUMBER"
 AHEAD = 2  # batches that are decoded while one is computed

@@ -24,7 +24,7 @@ from timm.models import adapt_input_conv
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from vit.checkpoint import Checkpoint, CheckpointError, distinct, load_checkpoint
+from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, distinct, load_checkpoint
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 
@@ -73,7 +73,7 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
                 "folder with its config.json"
             ) from error
     if text == "cifar10":
-        return load_checkpoint(Path(__file__).parent / "weights" / "cifar10.safetensors")
+        return load_checkpoint(SHIPPED)
     if equals and timm.is_model(_architecture_name(name)):
         if not Path(file).is_file():
             raise CheckpointError(f"{file}: no such weights file")
