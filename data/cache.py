@@ -48,6 +48,11 @@ class DataError(ValueError):
         super().__init__(message.replace("\n", "\\n").replace("\r", "\\r"))  # ... and line ends
 
 
+def one_line(error: Exception) -> str:
+    """What another library says, in short."""
+    return " ".join(str(error).split())[:300]
+
+
 class BadFiles(DataError):
     """Images that cannot be read: of their number in the split, a line each that names the file and what is wrong."""
 

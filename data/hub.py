@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.cache import DataError, ImageFiles, write_atomically
+from data.cache import DataError, ImageFiles, one_line, write_atomically
 from data.labels import split_of
 from data.stream import progress, remembered, states
 from vit.preprocess import open_image
@@ -56,11 +56,6 @@ class StoredImages(ImageFiles):
 
 
 Stored = tuple[Callable[[int], BytesIO | Image.Image], Tensor, str]  # image by number, labels (N,), fingerprint
-
-
-def one_line(error: Exception) -> str:
-    """What another library says, in short."""
-    return " ".join(str(error).split())[:300]
 
 
 # ---- Hugging Face datasets ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cache import DataError, say_once
+from data.cache import DataError, one_line, say_once
 from vit.preprocess import SUFFIXES
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -189,7 +189,7 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     try:
         rows = read_table(file)
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+        raise DataError(f"{file}: cannot be read ({one_line(error)})") from None
     if not rows:
         raise DataError(f"{file}: has no rows below its header")
     parts: dict[str, list[tuple[str, str]]] = {}

@@ -18,6 +18,7 @@ from data.cache import (
     cached_images,
     cached_statistics,
     channel_statistics,
+    one_line,
     readable,
     say_once,
 )
@@ -205,9 +206,8 @@ def load_cifar(name: str, root: Path) -> Source:
     try:
         parts = {part: kind(root, train=part == "train", download=True) for part in ("train", "test")}
     except (OSError, RuntimeError, EOFError) as error:  # no network, no space, wrong checksum, cut short
-        cause = " ".join(str(error).split())
         raise DataError(
-            f"{name}: cannot get it into {root} ({cause}); download {kind.url} on a machine with a network, "
+            f"{name}: cannot get it into {root} ({one_line(error)}); download {kind.url} on a machine with a network, "
             f"put it there as {root / kind.filename} and start again"
         ) from None
     splits = {

@@ -27,7 +27,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from data.cache import ADVICE, SAMPLE, DataError, OnBad, channel_statistics, write_atomically
+from data.cache import ADVICE, SAMPLE, DataError, OnBad, channel_statistics, one_line, write_atomically
 from data.labels import SPLITS, split_of
 from vit.preprocess import SUFFIXES, ImageError, Preprocess
 
@@ -282,7 +282,7 @@ def open_tar(path: str) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read as a tar file ({' '.join(str(error).split())})") from None
+        raise DataError(f"{path}: cannot be read as a tar file ({one_line(error)})") from None
 
 
 def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarInfo | None]]:
@@ -300,7 +300,7 @@ def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.
             if image is not None:
                 yield f"{path}{key if key.startswith('/') else f'/{key}'}", image, endings.get(".cls")
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: damaged tar file ({' '.join(str(error).split())})") from None
+        raise DataError(f"{path}: damaged tar file ({one_line(error)})") from None
 
 
 def content(tar: tarfile.TarFile, file: tarfile.TarInfo) -> bytes:
