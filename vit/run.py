@@ -101,7 +101,6 @@ def say(text: str) -> None:
 
 def load_and_classify(options: argparse.Namespace) -> int:
     """Load the model and classify everything; the exit code."""
-    from vit.checkpoint import CheckpointError
     from vit.cluster import ClusterError
     from vit.inputs import Inputs
     from vit.predictor import Predictor
@@ -110,7 +109,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
     device = "cpu" if options.engine == "ray" else options.device  # the work is done elsewhere
     try:
         predictor = Predictor.from_checkpoint(options.checkpoint, device=device, precision=options.precision)
-    except (CheckpointError, ValueError) as error:
+    except ValueError as error:
         say(f"predict.py: {error}")
         return USAGE
     if options.classes:
