@@ -25,6 +25,8 @@ from benchmarks.record import record
 
 CONFIG = "configs/cifar10_cpu.yaml"
 EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
+RANDOM = "random first convolution"  # as torch makes it; no option, as nobody should want it
+CODE = "import torch, vit.model; vit.model.whitening = lambda *size: torch.nn.Conv2d(*size[1::-1], size[2:]).weight; "
 BASE = {"policy": "0", "mixup": "0", "cutmix": "0"}  # what these are for, two epochs do not need
 # Name of each change: its steps as a share of the base run's, and its options.
 CHANGES: dict[str, tuple[float, list[str]]] = {
@@ -33,6 +35,7 @@ CHANGES: dict[str, tuple[float, list[str]]] = {
     "AdamW alone at 6e-3": (1, ["--model.optimizer=adamw", "--model.lr=6e-3"]),
     "all steps at full resolution, as many as fit": (0.58, ["--model.resolution=[]"]),
     "linear stem": (1, ["--model.stem=linear"]),
+    RANDOM: (1, []),
     "class token instead of mean pooling": (1, ["--model.pool=token"]),
     "no QK-norm": (1, ["--model.qk_norm=false"]),
     "batches of 512 instead of 128": (0.25, ["--data.batch_size=512"]),
@@ -51,11 +54,14 @@ CHANGES: dict[str, tuple[float, list[str]]] = {
 }
 
 
-def fit(folder: Path, data: str, steps: int, options: list[str], seed: int) -> tuple[float, float]:
+def fit(folder: Path, name: str, data: str, steps: int, seed: int) -> tuple[float, float]:
     """Train once, in a process of its own: validation accuracy at the end, and minutes of processor time."""
     folder.mkdir()
+    share, options = CHANGES[name]
+    steps = round(steps * share)
+    code = (CODE if name == RANDOM else "") + "import train; train.main()"
     command = [
-        *(sys.executable, "train.py", "fit", "--config", CONFIG, "--seed_everything", str(seed)),
+        *(sys.executable, "-c", code, "fit", "--config", CONFIG, "--seed_everything", str(seed)),
         *("--data.dataset", data, "--trainer.default_root_dir", str(folder), "--checkpoint.monitor", "null"),
         *("--trainer.max_epochs", "-1", "--trainer.max_steps", str(steps)),
         *("--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", str(steps)),
@@ -76,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="cifar10, or a folder of it")
     parser.add_argument("--steps", type=int, default=702, help="of the base run; 351 are an epoch")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of the unchanged recipe; one of each change")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the recipe and of its random start; else one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a thread each")
     args = parser.parse_args()
 
@@ -85,10 +91,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
         runs = {
             name: [
-                pool.submit(fit, Path(scratch, f"{i}-{seed}"), args.data, round(args.steps * share), options, seed)
-                for seed in range(args.seeds if i == 0 else 1)
+                pool.submit(fit, Path(scratch, f"{i}-{seed}"), name, args.data, args.steps, seed)
+                for seed in range(args.seeds if name in (RANDOM, "the recipe") else 1)
             ]
-            for i, (name, (share, options)) in enumerate(CHANGES.items())
+            for i, name in enumerate(CHANGES)
         }
         for name, futures in runs.items():
             accuracies, minutes = (list(values) for values in zip(*(run.result() for run in futures), strict=True))

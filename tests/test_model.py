@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_sample_images
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import vision_transformer as timm_vit
 
@@ -106,6 +107,23 @@ def test_starts_like_timm():
             assert value.std().item() == pytest.approx(wanted[name].std().item(), rel=0.2, abs=1e-5), name
 
 
+def test_convolutions_start_by_whitening_photographs():
+    photograph = torch.tensor(load_sample_images().images[0]).movedim(-1, 0)[None].float()
+    photograph = (photograph - photograph.mean((2, 3), keepdim=True)) / photograph.std((2, 3), keepdim=True)
+
+    def told(filters: torch.Tensor) -> float:
+        """How many independent numbers the filters' outputs are worth (participation ratio)."""
+        shares = torch.linalg.eigvalsh(torch.corrcoef(F.conv2d(photograph, filters).flatten(2)[0]))
+        return float(shares.sum() ** 2 / shares.square().sum())
+
+    model = VisionTransformer(image_size=32, patch_size=4, embed_dim=128, depth=1, num_heads=4, stem="conv")
+    filters, rest = model.patch_embed.proj[0].weight.detach().split([27, 5])
+    assert told(torch.rand(27, 3, 3, 3) - 0.5) < 4 < 18 < told(filters)
+    flat = filters.flatten(1) / filters.flatten(1).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(27))  # a basis: nothing of the window is lost
+    torch.testing.assert_close(rest, -filters[:5])
+
+
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (12, 8), (16, 24), (6, 30)])
 @pytest.mark.parametrize(("pool", "num_registers"), [("token", 0), ("mean", 0), ("token", 4)])
 def test_positions_resampled_like_timm(size, pool, num_registers):
@@ -154,12 +172,12 @@ def test_grid_has_one_token_a_patch(patch, stem):
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 def test_token_stands_for_its_cell(stem):
-    """A changed pixel moves the token of its own patch most, in rows before columns."""
+    """Other pixels in a patch move its own token most, in rows before columns."""
     model = small(image_size=(16, 24), patch_size=4, stem=stem)
     x = images(model, 1)
     for row, column in ((0, 0), (1, 4), (3, 5)):
         changed = x.clone()
-        changed[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+        changed[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = torch.randn(4, 4)
         moved = (model.embed(changed) - model.embed(x))[0, 1:].norm(dim=-1)  # after the class token
         assert moved.argmax().item() == row * 6 + column
 

@@ -7,8 +7,10 @@ Sources: Vaswani et al. 2017 (1706.03762), Dosovitskiy et al. 2020 (2010.11929);
 stem: Xiao et al. 2021 (2106.14881).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -33,7 +35,8 @@ class PatchEmbed(nn.Module):
     last two with strides that multiply to the patch size: a token still stands for its own cell of the grid, but sees
     a few pixels of its neighbours, which small images need. After three epochs of CIFAR-10 at 16x16 pixels: 0.57 with
     two plain convolutions, 0.63 with three normalised ones; on 8x8 digits a linear map came to 0.71, two convolutions
-    to 0.97. Each pixel is normalised by itself, so that nothing else travels between patches.
+    to 0.97. Each pixel is normalised by itself, so that nothing else travels between patches. The first starts as
+    ``whitening``.
     """
 
     def __init__(self, *, patch_size: tuple[int, int], in_chans: int, embed_dim: int, stem: str, bias: bool = True):
@@ -58,6 +61,28 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images)  # (B, D, grid height, grid width)
+
+
+def whitening(outputs: int, channels: int, height: int, width: int) -> Tensor:
+    """Filters (outputs, channels, height, width) that make of natural images numbers of like size, hardly correlated.
+
+    Neighbouring pixels and colours are nearly alike, and a network first has to learn how they differ; CNNs whose first
+    layer begins with the principal components of its data train in half the time (2404.00498, section 3.2). No data are
+    needed for that: the discrete cosine transform of channels, rows and columns comes so close to the components that
+    on CIFAR-10 the deviations of its first 14 outputs are theirs within a tenth. They fall to about a third with each
+    step in frequency, for which the filters make up, low frequencies first; where there are more outputs than filters,
+    the rest are their negatives. For images normalised to deviation 1.
+    """
+    size = (channels, height, width)
+    frequencies = sorted(product(*map(range, size)), key=sum)
+    filters = torch.empty(outputs, *size)
+    for i, into in enumerate(filters):
+        frequency = frequencies[i % len(frequencies)]
+        waves = (torch.cos(math.pi * k * (torch.arange(n) + 0.5) / n) for k, n in zip(frequency, size, strict=True))
+        wave = torch.einsum("c,y,x->cyx", *waves)
+        sign, steps = (-1) ** (i // len(frequencies)), min(sum(frequency), 3)  # beyond that there is but noise
+        torch.mul(wave, sign * 0.2 * 3**steps / wave.norm(), out=into)
+    return filters
 
 
 class Attention(nn.Module):
@@ -338,6 +363,11 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.architecture["stem"] == "conv":
+            first = self.patch_embed.proj[0]  # type: ignore[index]
+            with torch.no_grad():
+                first.weight.copy_(whitening(*first.weight.shape))
+                first.bias.zero_()
 
     @property
     def num_prefix_tokens(self) -> int:
