@@ -261,6 +261,8 @@ def test_missing_weight(path):
 def test_unknown_weights(path):
     rewrite(path, weights={"blocks.2.norm1.weight": torch.ones(16), "more": torch.ones(1)})
     assert refusal(path) == "unknown weight blocks.2.norm1.weight and 1 more"
+    rewrite(path, weights={"\x1b]0;title\a": torch.ones(1)}, drop=("more",))
+    assert refusal(path) == r"unknown weight \x1b]0;title\x07 and 1 more"
 
 
 def test_weights_that_are_no_numbers(path):
@@ -268,6 +270,14 @@ def test_weights_that_are_no_numbers(path):
     assert refusal(path) == "weight head.bias has values that are not finite"
     rewrite(path, weights={"head.bias": torch.zeros(3, dtype=torch.int64)})
     assert refusal(path) == "weight head.bias is of type torch.int64, expected a float"
+
+
+def test_weights_larger_than_their_file(tmp_path, model):
+    """A few bytes in a .ckpt may call themselves any number of values: filling those in could take all memory."""
+    weights = {f"vit.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights["vit.head.weight"] = torch.zeros(1).expand(3, 16)
+    torch.save({"vit": checkpoint.describe(ABOUT), "state_dict": weights}, tmp_path / "last.ckpt")
+    assert refusal(tmp_path / "last.ckpt") == "weight head.weight is not there in full"
 
 
 # Descriptions that do not fit -----------------------------------------------------------------------------------------
@@ -351,7 +361,7 @@ def test_hostile_architecture_costs_nothing(path, change):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"image_size": value} for value in (None, 8, [], [8], [9, 12], [0, 0], [-8, 12], ["8", "12"])),
+        *({"image_size": value} for value in (None, 8, [], [8], [9, 12], [0, 0], [-8, 12], ["8", "12"], [8.0, 12.0])),
         *({"mean": value} for value in (None, 0.5, [], ["a", "b", "c"], [float("nan")] * 3)),
         *({"std": value} for value in (None, [0, 0, 0], [0.5, 0.5, float("inf")])),
         *({"crop": value} for value in (0, -1, 2, "1", None, float("nan"))),
@@ -365,10 +375,25 @@ def test_preprocessing_that_cannot_work(path, change):
     refusal(path)
 
 
+def test_preprocessing_for_another_model(path):
+    """A model would take them, but it was trained on its own size; and a hostile size takes all memory."""
+    rewrite(path, preprocess=asdict(replace(ABOUT.preprocess, image_size=(80_000, 80_000))))
+    assert refusal(path) == "its preprocessing makes images of size (80000, 80000), its model takes (8, 12)"
+
+
 @pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf"), "1", None, [1]], ids=str)
 def test_temperature_that_cannot_work(path, temperature):
     rewrite(path, temperature=temperature)
     refusal(path)
+
+
+def test_metrics_and_training_that_nobody_can_show(path):
+    for metrics in ([1], None, "x", {"val/acc": "high"}, {"val/acc": {}}, {"val/acc": None}, {"val/acc": 10**400}):
+        rewrite(path, metrics=metrics)
+        assert "its metric" in refusal(path)
+    for training in ([1], None, "x"):
+        rewrite(path, training=training)
+        assert "its training must be values by name" in refusal(path)
 
 
 # Code in disguise -----------------------------------------------------------------------------------------------------

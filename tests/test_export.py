@@ -93,9 +93,10 @@ def test_refuses_what_timm_has_not():
 def test_damaged_part_of_ours_is_named(tmp_path):
     export.export_timm(*made(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vit": {"temperature": -1}}))
-    with pytest.raises(CheckpointError, match="its entry 'vit' is damaged"):
-        load_pretrained(tmp_path)
+    for damaged in ({"temperature": -1}, {"metrics": {"val/acc": "high"}}, {"training": []}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vit": damaged}))
+        with pytest.raises(CheckpointError, match="its entry 'vit' is damaged"):
+            load_pretrained(tmp_path)
 
 
 # ONNX -----------------------------------------------------------------------------------------------------------------

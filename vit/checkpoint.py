@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
+from vit.records import printable
 
 SHIPPED = Path(__file__).parent / "weights" / "cifar10.safetensors"  # the weights that come with the code
 FORMAT_VERSION = 1
@@ -45,7 +46,8 @@ class Checkpoint:
         training: How it was trained: data set, steps, versions.
 
     Raises:
-        CheckpointError: If a class name is there twice: of what is kept by name, such as scores, one would be lost.
+        CheckpointError: If a class name is there twice: of what is kept by name, such as scores, one would be lost; or
+            if metrics are no numbers by name, or training is nothing by name.
     """
 
     architecture: dict[str, Any]
@@ -58,6 +60,12 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if twice := [name for name, times in Counter(self.class_names).items() if times > 1]:
             raise CheckpointError(f"class name {twice[0]!r} is there twice: tell them apart, as in 'crane (bird)'")
+        for name in ("metrics", "training"):
+            if not isinstance(getattr(self, name), dict):
+                raise CheckpointError(f"its {name} must be values by name, got {type(getattr(self, name)).__name__}")
+        for name, value in self.metrics.items():
+            if not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > 2**53):
+                raise CheckpointError(f"its metric {name!r} must be a number, got {str(value)[:80]!r}")
 
 
 def distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -122,7 +130,7 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
         weights, about = _read_ckpt(path) if path.suffix == ".ckpt" else _read_safetensors(path)
         model = _build(about, weights)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {printable(str(error))}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or _line(error)})") from error
     except Exception as error:  # what a damaged or hostile description can raise has no end
@@ -196,9 +204,11 @@ def _build(about: Checkpoint, weights: dict[str, Tensor]) -> VisionTransformer:
     try:
         with torch.device("meta"):  # shapes without memory: a description may ask for terabytes
             model = VisionTransformer(**about.architecture)
-        model.grid_of(*about.preprocess.image_size)
     except Exception as error:
         raise CheckpointError(f"its architecture cannot be built ({_line(error)})") from error
+    if about.preprocess.image_size != model.image_size:
+        sizes = f"{about.preprocess.image_size}, its model takes {model.image_size}"
+        raise CheckpointError(f"its preprocessing makes images of size {sizes}")
     if len(about.class_names) != model.num_classes:
         raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
     if len(about.preprocess.mean) != model.in_chans:
@@ -217,6 +227,8 @@ def _check_weights(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
             raise CheckpointError(f"weight {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
         if not found[name].is_floating_point():
             raise CheckpointError(f"weight {name} is of type {found[name].dtype}, expected a float")
+        if found[name].untyped_storage().nbytes() < found[name].nbytes:  # one number for all, as a pickle may say
+            raise CheckpointError(f"weight {name} is not there in full")
         if not found[name].isfinite().all():
             raise CheckpointError(f"weight {name} has values that are not finite")
     if extra := sorted(found.keys() - wanted.keys()):
@@ -224,4 +236,4 @@ def _check_weights(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:200]

@@ -210,7 +210,7 @@ class Preprocess:
     white: float | None = None
 
     def __post_init__(self) -> None:
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
+        if len(self.image_size) != 2 or not all(isinstance(side, int) and side >= 1 for side in self.image_size):
             raise ValueError(f"image_size must be a height and a width of at least 1, got {self.image_size}")
         if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} means for {len(self.std)} standard deviations")
