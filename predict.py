@@ -104,8 +104,11 @@ def shard(text: str) -> tuple[int, int]:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; the exit code."""
+    args = sys.argv[1:] if args is None else args
+    split = args.index("--") if "--" in args else len(args)
     try:
-        options = parser().parse_intermixed_args(args)
+        options = parser().parse_intermixed_args(args[:split])
+        options.sources += args[split + 1 :]  # argparse takes them for options again where none stands before "--"
         check(options)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)

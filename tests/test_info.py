@@ -62,9 +62,9 @@ def test_metrics_from_before_the_temperature_say_so():
 
 
 def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
-    """A class may be called what looks like markup, or by bytes in no valid encoding; so may the file."""
+    """A class may be called what looks like markup, or moves the terminal, or is no valid text; so may the file."""
     model, about = made()
-    names = ("cat", "[red]", "[/x]", os.fsdecode(b"caf\xe9"), "back\\")
+    names = ("\x1b[31m", "[red]", "[/x]", os.fsdecode(b"caf\xe9"), "back\\")
     about = replace(about, class_names=names, metrics={"[val]": 0.5})
     path = save_checkpoint(tmp_path / "[b]model.safetensors", model.state_dict(), about)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file := io.BytesIO(), encoding="utf-8", errors="strict"))
@@ -72,7 +72,7 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
     assert info.main([str(path)]) == 0
     sys.stdout.flush()
     text = file.getvalue().decode().replace("\n", "")
-    for expected in ("[red], [/x], caf\\udce9, back\\ ", "[val]", "[b]model.safetensors"):
+    for expected in ("\\x1b[31m, [red], [/x], caf\\udce9, back\\ ", "[val]", "[b]model.safetensors"):
         assert expected in text
 
 

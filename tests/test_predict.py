@@ -26,7 +26,7 @@ from vit.faithfulness import faithfulness
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.rollout import METHODS
-from vit.run import is_long
+from vit.run import is_long, write_classes
 
 ROOT = Path(__file__).parent.parent
 NAMES = tuple(f"class {i}" for i in range(7))
@@ -179,6 +179,7 @@ def test_exit_codes(run, images, tmp_path):
     assert run(good, bad)[0] == 3
     assert run(bad)[0] == 4
     assert run(tmp_path)[0] == 4
+    assert run("--", "-name.png", "--", "--help")[0] == run(bad, "--", "-name.png")[0] == 4
     _, out, err = run(bad, "--format", "jsonl")
     assert json.loads(out) == {"path": str(bad), "error": "no such file"}
     assert "Traceback" not in err
@@ -240,22 +241,33 @@ def test_classes_threshold_and_top_k(run, images):
     assert f"{sum(unsure)} unsure" in err
 
 
-def test_a_class_whose_folder_is_no_valid_text(images, tmp_path, monkeypatch):
-    """Is called by its escapes wherever it is shown: no byte that a folder may have ends a run."""
+def test_class_names_for_a_full_disk(monkeypatch, capfd):
+    with suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert write_classes(NAMES) == 2
+    assert capfd.readouterr().err == "predict.py: standard output: No space left on device\n"
+
+
+def test_a_class_whose_folder_is_no_valid_text(images, tmp_path, monkeypatch, capsys):
+    """Is called by its escapes wherever it is shown: no byte that a folder may have ends a run or moves a terminal."""
     model = VisionTransformer(image_size=16, patch_size=8, num_classes=2, embed_dim=32, depth=1, num_heads=2)
     preprocess = Preprocess(image_size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
-    names = (os.fsdecode(b"caf\xe9"), os.fsdecode(b"\xff"))
+    names = (os.fsdecode(b"caf\xe9\x1b[31m"), os.fsdecode(b"\xff\n"))
     about = Checkpoint(architecture=model.architecture, class_names=names, preprocess=preprocess)
     checkpoint = save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), about)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file := io.BytesIO(), encoding="utf-8", errors="strict"))
     common = ["--checkpoint", str(checkpoint), "--device", "cpu"]
     assert predict.main([*common, "--classes"]) == 0
-    assert file.getvalue() == b"caf\\udce9\n\\udcff\n"
+    assert file.getvalue() == b"caf\\udce9\\x1b[31m\n\\udcff\\n\n"
     wanted = ["--maps", str(tmp_path / "maps"), "--report", str(tmp_path / "report.html")]
     for ending in ("table", "json", "jsonl", "csv", "parquet"):
         out = tmp_path / f"out.{ending}"
         assert predict.main([*common, str(images / "0/0.png"), "--out", str(out), *wanted]) == 0
         assert b"caf\\udce9" in out.read_bytes()
+    (tmp_path / "name.\x1b[31m").touch()
+    predict.main([*common, str(tmp_path)])
+    assert ".\\x1b[31m 1" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\0"])

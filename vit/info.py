@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit.checkpoint import Checkpoint, CheckpointError
 from vit.model import VisionTransformer
-from vit.records import shown
+from vit.records import printable
 
 SHOWN = 12  # class names that are listed
 
@@ -66,8 +66,8 @@ def uncalibrated(name: str, about: Checkpoint) -> str:
 
 
 def plain(text: str) -> Text:
-    """Text that Rich prints as it is: a class may be called ``[red]``, or by bytes in no valid encoding."""
-    return Text(shown(text))
+    """Text that Rich prints as it is: a class may be called ``[red]``, or what moves the terminal."""
+    return Text(printable(text))
 
 
 def main(args: list[str] | None = None) -> int:

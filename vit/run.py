@@ -94,9 +94,11 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line for the user, not a record."""
+    """A line for the user, not a record; names of files and classes in it move no terminal."""
+    from vit.records import printable
+
     with suppress(OSError):  # nobody may be listening
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def load_and_classify(options: argparse.Namespace) -> int:
@@ -160,14 +162,17 @@ def load_and_classify(options: argparse.Namespace) -> int:
 
 def write_classes(names: tuple[str, ...]) -> int:
     """A name a line to standard output; the exit code."""
-    from vit.records import shown
+    from vit.records import printable
 
     try:
-        sys.stdout.write("".join(f"{shown(name)}\n" for name in names))
+        sys.stdout.write("".join(f"{printable(name)}\n" for name in names))
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
-        return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        say(f"predict.py: standard output: {error.strerror}")
+        return USAGE
     return OK
 
 
