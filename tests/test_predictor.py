@@ -2,9 +2,11 @@
 
 import io
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,7 +119,7 @@ def test_an_array_of_16_bit_colour_is_the_image_of_its_file(predictor, tmp_path)
     ("given", "named"),
     [
         (None, "not NoneType"),
-        (b"\x89PNG", "not bytes"),
+        (b"\x89PNG", "not bytes; io.BytesIO makes a file of them"),
         (io.StringIO("text"), "not StringIO"),
         (torch.zeros(3, 8, 8), "not Tensor"),
         (["a.png", "b.png"], "not list; predict_iter takes many images"),
@@ -139,7 +141,9 @@ def test_what_is_no_image_is_told_what_is(predictor, given, named):
 
 
 @pytest.mark.parametrize(
-    "one", ["photo.jpg", np.zeros((8, 8), np.uint8), np.zeros((8, 9, 3), np.uint8)], ids=["path", "L", "RGB"]
+    "one",
+    ["photo.jpg", Path("a.jpg"), b"\n", io.BytesIO(b"\n"), np.zeros((8, 8), np.uint8), np.zeros((8, 9, 3), np.uint8)],
+    ids=["path", "Path", "bytes", "file", "L", "RGB"],
 )
 def test_one_image_is_not_taken_for_many(predictor, one):
     with pytest.raises(ValueError, match="predict takes one"):
@@ -218,6 +222,36 @@ def test_threads_get_what_one_gets(predictor):
     alone = [predictor.predict(image) for image in images]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(predictor.predict, images)) == alone
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system starts processes another way")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_gets_what_its_parent_gets(predictor):
+    """Of OpenMP's threads it has none but its own: it would wait for the others for ever."""
+    (image,) = pictures(1)
+    expected, threads = predictor.predict(image), torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.ones(2**20).exp()
+    if not (child := os.fork()):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)  # ends it
+        torch.ones(2**20).exp()
+        os._exit(abs(predictor.predict(image).score - expected.score) > 1e-5)
+    torch.set_num_threads(threads)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("reset"), ValueError("I/O operation on closed file"), TypeError("x")]
+)
+def test_a_file_that_cannot_be_read_is_an_image_error(predictor, error):
+    class Stream:
+        def read(self, size=-1):
+            raise error
+
+    for ask in (predictor.predict, predictor.explain):
+        with pytest.raises(ImageError, match=f"damaged image \\({error}\\)"):
+            ask(Stream())
 
 
 def test_bfloat16_agrees_on_the_label(tmp_path):

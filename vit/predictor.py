@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Literal, TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor
 from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
-from vit.preprocess import ImageError, open_image
+from vit.preprocess import ImageError, open_image, reason
 
 File = str | Path | IO[bytes] | Image.Image
 Source = File | np.ndarray
@@ -124,7 +125,7 @@ class Batch:
 class Predictor:
     """A model and all that is needed to ask it: ``Predictor.from_checkpoint("model.safetensors").predict("a.jpg")``.
 
-    Its methods may be called from many threads at once.
+    Its methods may be called from many threads at once, and in forked processes, which compute with one thread each.
 
     Args:
         model: In eval mode.
@@ -148,6 +149,7 @@ class Predictor:
         precision: Precision = "float32",
         name: str = "",
     ):
+        _survive_fork()
         if precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
         self.device = _device(device)
@@ -241,9 +243,10 @@ class Predictor:
             workers: Threads that decode; none for one that suits the machine.
 
         Raises:
-            ValueError: If it is given one image, whose letters or rows it would take for images.
+            ValueError: If it is given one image, whose letters, lines or rows it would take for images.
         """
-        if isinstance(images, str) or (isinstance(images, np.ndarray) and is_picture(images)):
+        one = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
+        if one or (isinstance(images, np.ndarray) and is_picture(images)):
             raise ValueError("predict_iter takes many images, in a list or the like; predict takes one")
         for batch in self.classify(batches(images, batch_size or self.batch_size), workers=workers):
             rows = iter(batch.scores)
@@ -280,6 +283,8 @@ class Predictor:
             opened = open_image(file, self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
             raise _named(image, error) from error
+        except Exception as error:  # a file object may be anything
+            raise ImageError(reason(error, image)) from error
         scores, grids = self.mapped(pixels[None], method, target_index, against_index)
         if not (scores.isfinite().all() and grids.isfinite().all()):
             raise _named(image, ImageError(NO_NUMBER))
@@ -480,9 +485,11 @@ def as_file(source: Source) -> File:
         if readable or isinstance(source, str | Image.Image):
             return source
         given, many = type(source).__name__, isinstance(source, list | tuple)
+    hint = "; predict_iter takes many images" if many else ""
+    hint = "; io.BytesIO makes a file of them" if isinstance(source, bytes | bytearray | memoryview) else hint
     raise ImageError(
         "an image is a path, a file opened in binary mode, a Pillow image, or an array of uint8 or uint16 (H, W) or "
-        f"(H, W, 1, 3 or 4), not {given}" + ("; predict_iter takes many images" if many else "")
+        f"(H, W, 1, 3 or 4), not {given}{hint}"
     )
 
 
@@ -506,6 +513,16 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+@cache
+def _survive_fork() -> None:
+    """Processes that are forked from this one, as servers do it, compute with one thread: more would hang for ever.
+
+    They lack the other threads of OpenMP's pool, which would be waited for.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def _named(source: object, error: ImageError) -> ImageError:
