@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def test_the_check_sees_what_it_must():
     names = list(imported(hidden))
     assert [name for name in names if forbidden("vit", name)] == ["data.sources.load"]
     assert [name for name in names if forbidden("data", name)] == ["vit.model", "vit.model"]
+
+
+def test_every_folder_is_a_package_that_is_installed():
+    """Of a folder that is none setuptools warns that it will be left out: the weights."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for folder in ("vit", "data") for path in (ROOT / folder).rglob("*.*")}
+    assert {str(path).replace("/", ".") for path in folders if path.name != "__pycache__"} == set(packages)
 
 
 def test_no_drawer_for_everything():
