@@ -39,7 +39,7 @@ def module() -> Any:
     return SimpleNamespace(vit=vit, device=torch.device("cpu"), resolution=[])
 
 
-def trainer_of(max_epochs: int = 12, batches: int = 4) -> Any:
+def trainer_of(max_epochs: int = 12, batches: int = 4, accumulate: int = 1) -> Any:
     return SimpleNamespace(
         is_global_zero=True,
         estimated_stepping_batches=max_epochs * batches,
@@ -47,6 +47,7 @@ def trainer_of(max_epochs: int = 12, batches: int = 4) -> Any:
         current_epoch=0,
         max_epochs=max_epochs,
         world_size=2,
+        accumulate_grad_batches=accumulate,
         num_devices=2,
         num_nodes=1,
         callback_metrics={},
@@ -56,7 +57,10 @@ def trainer_of(max_epochs: int = 12, batches: int = 4) -> Any:
 
 
 def train(progress, trainer, module, clock, *, epochs: int, seconds: float, batches: int = 4, end: bool = True) -> None:
-    """Go through the hooks as the trainer does: batches of 25 images a rank, the loss 2 at first and 1 then."""
+    """Go through the hooks as the trainer does: batches of 25 images a rank, the loss 2 at first and 1 then.
+
+    It comes divided by the batches of a step, as from Lightning.
+    """
     progress.on_train_start(trainer, module)
     batch = SimpleNamespace(labels=torch.zeros(25))
     for epoch in range(epochs):
@@ -64,7 +68,7 @@ def train(progress, trainer, module, clock, *, epochs: int, seconds: float, batc
         for i in range(batches):
             clock.now += seconds / batches
             trainer.global_step += 1
-            loss = {"loss": torch.tensor(2.0 if trainer.global_step == 1 else 1.0)}
+            loss = {"loss": torch.tensor(2.0 if trainer.global_step == 1 else 1.0) / trainer.accumulate_grad_batches}
             progress.on_train_batch_end(trainer, module, loss, batch, i)
         trainer.callback_metrics = {"val/acc": torch.tensor(0.5 + epoch / 100)}
         progress.on_validation_end(trainer, module)
@@ -97,7 +101,7 @@ def lines(capsys) -> list[str]:
 
 
 def test_a_line_at_most_every_five_seconds_and_the_last(clock, module, capsys):
-    train(quiet(), trainer_of(), module, clock, epochs=12, seconds=1)
+    train(quiet(), trainer_of(accumulate=4), module, clock, epochs=12, seconds=1)
     said = lines(capsys)
     assert [int(line.split()[1].split("/")[0]) for line in said] == [1, 6, 11, 12]
     assert said[-1].split() == ["epoch", "12/12", "loss", said[-1].split()[3], "val", "acc", "61.0%", "12", "s"]

@@ -105,13 +105,16 @@ class TrainingProgress(ProgressBar):
         now = time.monotonic()
         if self.loss and now - self.drawn < 0.25:
             return
-        self._fetch(outputs["loss"])
+        self._fetch(outputs["loss"], trainer.accumulate_grad_batches)
         self.rate = self.images / max(now - self.drawn, 1e-9)
         self.drawn, self.images = now, 0.0
         self._draw(trainer)
 
-    def _fetch(self, loss: Any) -> None:
-        """Take up this loss; from a GPU, but for the first, the one sent for before, once it has arrived."""
+    def _fetch(self, loss: Any, divided: int) -> None:
+        """Take up this loss; from a GPU, but for the first, the one sent for before, once it has arrived.
+
+        Lightning has divided it by the batches of a step.
+        """
         if self.loss and loss.is_cuda:
             before = self.sent
             if before is not None and not before[1].query():
@@ -120,7 +123,7 @@ class TrainingProgress(ProgressBar):
             if before is None:
                 return
             loss = before[0]
-        number = float(loss)
+        number = float(loss) * divided
         self.loss = number if not self.loss else 0.9 * self.loss + 0.1 * number
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
