@@ -41,6 +41,10 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation images",
     "test": "measure a checkpoint on the test images, class by class",
 }
+MEASURED = {  # what can be monitored, and which way it is better
+    **dict.fromkeys(("train/loss", "val/loss", "val/ece"), "min"),
+    **dict.fromkeys(("val/acc", "val/balanced_acc", "val/acc5"), "max"),
+}
 FACTS = ("class_names", "mean", "std", "image_size", "white")  # flow from the data to the model
 
 
@@ -172,7 +176,8 @@ class TrainCLI(LightningCLI):
             and exported.exists()
             and exported.stat().st_mtime >= last.stat().st_mtime
         ):
-            print(f"{root}: this run is finished, {state['global_step']:,} steps; nothing was changed", file=sys.stderr)
+            words = f"this run is finished, {state['global_step']:,} steps; nothing was changed; longer: --trainer.max_epochs"
+            print(f"{root}: {words}", file=sys.stderr)
             sys.exit(0)
 
     def after_test(self) -> None:
@@ -199,11 +204,19 @@ class TrainCLI(LightningCLI):
             raise ValueError("trainer.max_epochs and max_steps must be above 0; `validate` and `test` measure")
         if config["overfit_batches"]:
             raise ValueError("trainer.overfit_batches is not supported; try --trainer.limit_train_batches")
+        if str(precision := config["precision"]) in ("16-true", "bf16-true", "64", "64-true"):
+            raise ValueError(
+                f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
+            )
         balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
         if balance and monitor == "val/acc":  # which the small classes hardly move
             self.config[str(self.subcommand)]["checkpoint"]["monitor"] = "val/balanced_acc"
         if self.subcommand == "fit" and (kept := self._get(self.config, "checkpoint.save_top_k")) != 1:
             raise ValueError(f"checkpoint.save_top_k must be 1, got {kept}: there is one best.ckpt")
+        if self.subcommand == "fit":
+            check_monitor("checkpoint", self._get(self.config, "checkpoint"))
+            for callback in several(config["callbacks"]):
+                check_monitor(callback["class_path"].rpartition(".")[2], callback.get("init_args") or {})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config, "trainer")
@@ -217,6 +230,22 @@ class TrainCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             kwargs["callbacks"] = [*several(given["callbacks"]), TrainingProgress()]
         return super().instantiate_trainer(**kwargs)
+
+
+def check_monitor(name: str, options: Any) -> None:
+    """Refuse to wait for a number that never comes, or to take the worst for the best.
+
+    Args:
+        name: Of the callback, for the message.
+        options: Its arguments.
+    """
+    monitor, mode = options.get("monitor"), options.get("mode")
+    if monitor is None:
+        return
+    if monitor not in MEASURED:
+        raise ValueError(f"{name}: monitor {monitor} is not measured; give one of {', '.join(MEASURED)}")
+    if mode != MEASURED[monitor]:
+        raise ValueError(f"{name}: mode {mode} takes the worst {monitor} for the best; give mode {MEASURED[monitor]}")
 
 
 @contextmanager
@@ -283,6 +312,7 @@ def main(args: ArgsType = None) -> int:
     )
     torch.set_float32_matmul_precision("high")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hints and advertisements
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what --trainer.profiler asks for
     for text in (
         ".*args parameter is intended to run from within Python.*",  # which is how our tests run it
         ".*does not have many workers.*",  # small sets are in memory and need none

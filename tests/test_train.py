@@ -553,6 +553,17 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "empty name": (["--data.dataset=a,"], "data.dataset 'a,' has an empty name in it"),
         "size": (["--data.image_size=64,96"], "data.image_size cannot be 64,96; give 224, or [224, 320] for height"),
         "precision": (["--trainer.precision=fp99"], "trainer.precision cannot be fp99; give 16, 16-mixed, 16-true"),
+        "all in less": (["--trainer.precision=bf16-true"], "trainer.precision bf16-true: the weights stay in float32"),
+        "not measured": (["--checkpoint.monitor=val_acc"], "checkpoint: monitor val_acc is not measured; give one of"),
+        "the worst": (
+            ["--checkpoint.mode=max"],
+            "checkpoint: mode max takes the worst val/loss for the best; give mode",
+        ),
+        "stopped early": (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/acc"],
+            "EarlyStopping: mode min takes the worst val/acc for the best; give mode max",
+        ),
+        "resolution": (["--model.resolution=[[0.5, 0.6]]"], "model.resolution: 0.6 of 8x8: image height 5 is not a"),
         "a file as folder": ([f"--trainer.default_root_dir={garbage}"], f"default_root_dir {garbage}: cannot be made"),
     }
 

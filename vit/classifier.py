@@ -124,7 +124,11 @@ class ViTClassifier(LightningModule):
         for until, factor in self.resolution:
             if not 0 < until <= 1 or not 0 < factor <= 1:
                 raise ValueError(f"model.resolution: both numbers must be in (0, 1], got ({until}, {factor})")
-            self.vit.grid_of(*self.scaled(factor))
+            try:
+                self.vit.grid_of(*self.scaled(factor))
+            except ValueError as error:
+                (height, width), fault = self.preprocess.image_size, f"model.resolution: {factor} of {{}}x{{}}: {error}"
+                raise ValueError(fault.format(height, width)) from None
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
         self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15)
