@@ -159,25 +159,30 @@ class TrainCLI(LightningCLI):
         state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         if "optimizer_states" not in state:
             raise ValueError(f"{file}: holds weights alone; start a new run from them with --model.pretrained {file}")
+        anew = f"a new run from its weights: --model.pretrained {file}"
+        try:
+            self.model.refuse_other(state["vit"])  # before this run's config.yaml takes the place of the other's
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}; {anew}") from None
         for name in ("optimizer", "layer_decay", "freeze"):
             before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
             if before != now:
-                raise ValueError(f"{path}: trained with model.{name} {before}, which cannot become {now} on the way")
+                raise ValueError(f"{file}: trained with model.{name} {before}, which cannot become {now}; {anew}")
         limits = [self.trainer.max_epochs, self.trainer.max_steps]
-        if path != "last":
-            ended = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-            if ended and state["epoch"] + 1 == limits[0]:
-                raise ValueError(
-                    f"{path}: nothing is left to train, {state['epoch'] + 1} of {limits[0]} epochs are done. Longer: "
-                    f"--trainer.max_epochs; a new run from its weights: --model.pretrained {path}"
-                )
-        elif (
+        epochs = state["epoch"] + state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+        least = epochs if path == "last" else epochs + 1  # a finished run may be asked for again, see below
+        if limits[0] not in (None, -1) and limits[0] < least:
+            raise ValueError(
+                f"{file}: nothing is left to train, {epochs} of {limits[0]} epochs are done. Longer: "
+                f"--trainer.max_epochs; {anew}"
+            )
+        if path == "last" and (
             state["callbacks"]["Guard"]["done"] == limits
             and exported.exists()
             and exported.stat().st_mtime >= last.stat().st_mtime
         ):
-            words = f"this run is finished, {state['global_step']:,} steps; nothing was changed; longer: --trainer.max_epochs"
-            print(f"{root}: {words}", file=sys.stderr)
+            words = f"this run is finished, {state['global_step']:,} steps; nothing was changed"
+            print(f"{root}: {words}. Longer: --trainer.max_epochs", file=sys.stderr)
             sys.exit(0)
 
     def after_test(self) -> None:

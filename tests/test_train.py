@@ -610,9 +610,12 @@ def test_bad_images_are_known_before_the_first_step(tmp_path, capfd, monkeypatch
 def test_run_goes_on_with_its_own_model_and_optimiser_only(fitted, tmp_path, capfd):
     shutil.copy(fitted / "last.ckpt", tmp_path)
     assert run("fit", tmp_path, "--ckpt_path=last", "--model.embed_dim=32") == 2
-    assert "embed_dim 16, this one 32" in capfd.readouterr().err
+    assert "embed_dim 16, this one 32; a new run from its weights: --model.pre" in capfd.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()  # that of the run would have been lost
+    assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=1") == 2
+    assert "last.ckpt: nothing is left to train, 2 of 1 epochs are done. Longer: " in capfd.readouterr().err
     assert run("fit", tmp_path, "--ckpt_path=last", "--model.layer_decay=0.5") == 2
-    assert "last: trained with model.layer_decay 1.0, which cannot become 0.5" in capfd.readouterr().err
+    assert "last.ckpt: trained with model.layer_decay 1.0, which cannot become 0.5; a new" in capfd.readouterr().err
 
 
 def test_model_is_taken_from_the_checkpoint(fitted, tmp_path):

@@ -295,15 +295,19 @@ class ViTClassifier(LightningModule):
             groups = [[numbers[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
             number(state, groups, done=isinstance(self.trainer.strategy, ModelParallelStrategy))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        theirs = checkpoint["vit"]
+    def refuse_other(self, theirs: dict[str, Any]) -> None:
+        """Refuse the description of a checkpoint whose weights are not for this model, its classes or its images."""
         ours = {**self.vit.architecture, "class_names": self.class_names}
         for name, value in {**theirs["architecture"], "class_names": theirs["class_names"]}.items():
             if ours[name] != value:
                 raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
-        self.minutes, self.resumed = theirs["training"]["minutes"], True
         if (white := theirs["preprocess"].get("white")) != self.preprocess.white:
             raise ValueError(f"the checkpoint's images have data.white {white}, these {self.preprocess.white}")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs = checkpoint["vit"]
+        self.refuse_other(theirs)
+        self.minutes, self.resumed = theirs["training"]["minutes"], True
         # The weights belong to their preprocessing, whatever the mean and deviation of the images that come now.
         self.preprocess = Preprocess(**theirs["preprocess"])
         trainer = self._trainer
