@@ -614,6 +614,8 @@ def test_run_goes_on_with_its_own_model_and_optimiser_only(fitted, tmp_path, cap
     assert not (tmp_path / "config.yaml").exists()  # that of the run would have been lost
     assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=1") == 2
     assert "last.ckpt: nothing is left to train, 2 of 1 epochs are done. Longer: " in capfd.readouterr().err
+    assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=3", "--data.batch_size=1024") == 2
+    assert "step 10 is beyond the 3 of this run" in capfd.readouterr().err
     assert run("fit", tmp_path, "--ckpt_path=last", "--model.layer_decay=0.5") == 2
     assert "last.ckpt: trained with model.layer_decay 1.0, which cannot become 0.5; a new" in capfd.readouterr().err
 

@@ -237,6 +237,11 @@ class ViTClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """A run that goes on does so with today's settings: the optimiser's state brought back its checkpoint's."""
+        if self.global_step > self.total_steps:  # all that came would be trained with a rate of 0
+            raise ValueError(
+                f"step {self.global_step} is beyond the {self.total_steps} of this run, whose epochs are shorter now: "
+                "keep data.batch_size, devices and accumulation as they were, or give a larger --trainer.max_epochs"
+            )
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
