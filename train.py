@@ -249,7 +249,7 @@ def check_monitor(name: str, options: Any) -> None:
         return
     if monitor not in MEASURED:
         raise ValueError(f"{name}: monitor {monitor} is not measured; give one of {', '.join(MEASURED)}")
-    if mode != MEASURED[monitor]:
+    if mode not in (None, MEASURED[monitor]):
         raise ValueError(f"{name}: mode {mode} takes the worst {monitor} for the best; give mode {MEASURED[monitor]}")
 
 
