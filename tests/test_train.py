@@ -463,8 +463,9 @@ def test_part_of_the_batches_is_an_epoch(tmp_path):
     assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == [2, 5, 8]
 
 
-def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_path):
+def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_path, monkeypatch):
     """The largest loss, which is that of the first epoch, stays the best in the copy too."""
+    monkeypatch.setitem(train.MEASURED, "val/loss", "max")  # else refused
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("fit", one, "--trainer.max_epochs=2", "--checkpoint.mode=max") == 0
     best = weights(one / "best.ckpt")
