@@ -117,7 +117,7 @@ def test_convolutions_start_by_whitening_photographs():
         return float(shares.sum() ** 2 / shares.square().sum())
 
     model = VisionTransformer(image_size=32, patch_size=4, embed_dim=128, depth=1, num_heads=4, stem="conv")
-    filters, rest = model.patch_embed.proj[0].weight.detach().split([27, 5])
+    filters, rest = model.state_dict()["patch_embed.proj.0.weight"].split([27, 5])
     assert told(torch.rand(27, 3, 3, 3) - 0.5) < 4 < 18 < told(filters)
     flat = filters.flatten(1) / filters.flatten(1).norm(dim=1, keepdim=True)
     torch.testing.assert_close(flat @ flat.T, torch.eye(27))  # a basis: nothing of the window is lost
