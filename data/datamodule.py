@@ -188,8 +188,8 @@ class ImageDataModule(LightningDataModule):
         image_size: Height and width of the model's input, in pixels; none for the images' own.
         batch_size: Images in a batch of one device.
         val_fraction: Share of the training images held out for validation where the data set brings none, in (0, 1);
-            0 trains on all of them and validates on a thousand of them, for a last run whose settings are chosen; then
-            the temperature stays 1.
+            0 trains on all of them, for a last run whose settings are chosen: nothing is measured then, the last
+            weights are kept, and the temperature stays 1.
         seed: Of the held-out split, the order and the augmentation.
         num_workers: Processes that decode images; sets that fit in memory are decoded once and need none after that.
         augment: Random changes to training images.
@@ -227,7 +227,6 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
         self.num_workers, self.augment, self.balance, self.compile = num_workers, augment, balance, compile
-        self.held_out = True  # whether validation images are no training images
         self.resumed = 0  # optimiser steps done when this run was resumed
         self.device = CPU  # of the model
         self.copies: dict[tuple[Split, torch.device], Split] = {}  # what lies on it
@@ -269,25 +268,20 @@ class ImageDataModule(LightningDataModule):
             self.device = self.trainer.strategy.root_device
         train, val, test = self.source.train, self.source.val, self.source.test
         self.train: SplitDataset | Any  # Any: StreamBatches, as for the others
-        self.val: SplitDataset | Any
-        self.test: SplitDataset | Any | None
+        self.val: SplitDataset | Any | None = None if val is None else batches(val)
+        self.test: SplitDataset | Any | None = None if test is None else batches(test)
         if isinstance(train, Stream):
             if self.balance:
                 raise DataError(f"{self.dataset}: data.balance needs the labels of all images; a stream has them not")
-            train, val = (train, val) if val is not None else train.hold_out(self.val_fraction)
+            if val is None and self.val_fraction:
+                train, val = train.hold_out(self.val_fraction)
+                self.val = batches(val)
             self.train = StreamBatches(train, seed=self.seed)
-        elif val is not None:
-            self.train = SplitDataset(train)
-        elif self.val_fraction:
+        elif val is None and self.val_fraction:
             kept, held_out = stratified_split(train.labels, self.val_fraction, seed=0)  # the same for every run's seed
             self.train, self.val = SplitDataset(train, kept), SplitDataset(train, held_out)
         else:
-            count = len(train.labels)
-            seen = torch.linspace(0, count - 1, min(1000, count)).long()  # of every class: folders are sorted by class
-            self.train, self.val, self.held_out = SplitDataset(train), SplitDataset(train, seen), False
-        if val is not None:
-            self.val = batches(val)
-        self.test = None if test is None else batches(test)
+            self.train = SplitDataset(train)
 
     def teardown(self, stage: str) -> None:
         self.copies.clear()
@@ -333,8 +327,10 @@ class ImageDataModule(LightningDataModule):
         self.order = TrainOrder(**places, seed=self.seed, balance=labels, device=dataset.device)
         return self._loader(dataset, self.order)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.val)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        if self.val is None and (self.trainer is None or self.trainer.state.fn != "fit"):
+            raise DataError(f"{self.dataset}: has no validation images, and data.val_fraction 0 holds none out")
+        return [] if self.val is None else self._eval_loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
         if self.test is None:

@@ -89,19 +89,19 @@ class Stream:
         """Divide into two by whole shards; always the same.
 
         Args:
-            fraction: Share of the shards in the second part; 0 leaves all in the first and puts one into both.
+            fraction: Share of the shards in the second part, above 0; at least one.
 
         Raises:
             DataError: If there is one shard.
         """
         count = max(1, round(fraction * len(self.chosen)))
-        if fraction and count >= len(self.chosen):
+        if count >= len(self.chosen):
             raise DataError(
                 f"{len(self.chosen)} shards of training samples are too few to hold out {fraction:g} of them for "
                 "validation: write more shards, or a val split"
             )
         second = set(random.Random(0).sample(self.chosen, count))
-        first = tuple(shard for shard in self.chosen if shard not in second or not fraction)
+        first = tuple(shard for shard in self.chosen if shard not in second)
         return replace(self, chosen=first), replace(self, chosen=tuple(sorted(second)))
 
     def read(self, order: Sequence[int], start: int, stop: int) -> Iterator[Sample]:

@@ -449,11 +449,16 @@ def test_one_run_in_a_folder(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT).returncode == 0
 
 
-def test_a_run_without_validation_keeps_its_last_weights(tmp_path, capfd):
-    arguments = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=true"]
-    assert run("fit", tmp_path, *arguments) == 0
+@pytest.mark.parametrize("option", ["--trainer.limit_val_batches=0", "--data.val_fraction=0"])
+def test_a_run_without_validation_keeps_its_last_weights(option, tmp_path, capfd):
+    """And says nothing about how good they are: no image is left to measure that on."""
+    assert run("fit", tmp_path, option, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=true") == 0
     assert "last (nothing was validated) weights: " in capfd.readouterr().err
-    assert load_checkpoint(tmp_path / "model.safetensors")[1].training["epochs"] == 1
+    about = load_checkpoint(tmp_path / "model.safetensors")[1]
+    assert (about.training["epochs"], about.metrics, about.temperature) == (1, {}, 1.0)
+    if "data" in option:
+        assert run("validate", tmp_path, option, "--ckpt_path=last") == 2
+        assert "digits: has no validation images, and data.val_fraction 0 holds none out" in capfd.readouterr().err
 
 
 def test_part_of_the_batches_is_an_epoch(tmp_path):
@@ -615,8 +620,9 @@ def test_run_goes_on_with_its_own_model_and_optimiser_only(fitted, tmp_path, cap
     assert not (tmp_path / "config.yaml").exists()  # that of the run would have been lost
     assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=1") == 2
     assert "last.ckpt: nothing is left to train, 2 of 1 epochs are done. Longer: " in capfd.readouterr().err
-    assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=3", "--data.batch_size=1024") == 2
-    assert "step 10 is beyond the 3 of this run" in capfd.readouterr().err
+    for size, steps in ((1024, 1), (128, 10)):  # the rate would be 0 from now on; and at the end far from it
+        assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=9", f"--data.batch_size={size}") == 2
+        assert f"step 10 of epoch 2 cannot go on with epochs of {steps} steps: keep " in capfd.readouterr().err
     assert run("fit", tmp_path, "--ckpt_path=last", "--model.layer_decay=0.5") == 2
     assert "last.ckpt: trained with model.layer_decay 1.0, which cannot become 0.5; a new" in capfd.readouterr().err
 

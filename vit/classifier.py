@@ -216,8 +216,7 @@ class ViTClassifier(LightningModule):
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        held_out = getattr(getattr(self.trainer, "datamodule", None), "held_out", True)
-        if held_out and not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
+        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.temperature.copy_(self.fit_temperature.compute())
         self.fit_temperature.reset()
 
@@ -237,10 +236,14 @@ class ViTClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """A run that goes on does so with today's settings: the optimiser's state brought back its checkpoint's."""
-        if self.global_step > self.total_steps:  # all that came would be trained with a rate of 0
+        trainer: Any = self.trainer
+        steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)  # an epoch
+        first = trainer.current_epoch * steps
+        if not first <= self.global_step <= first + steps:  # the learning rate would end too early, or never
             raise ValueError(
-                f"step {self.global_step} is beyond the {self.total_steps} of this run, whose epochs are shorter now: "
-                "keep data.batch_size, devices and accumulation as they were, or give a larger --trainer.max_epochs"
+                f"step {self.global_step} of epoch {trainer.current_epoch} cannot go on with epochs of {steps} steps: "
+                "keep data.batch_size x devices x trainer.accumulate_grad_batches, and the images, as they were, or "
+                "begin a new run from the weights (--model.pretrained)"
             )
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
@@ -248,8 +251,6 @@ class ViTClassifier(LightningModule):
         schedule.base_lrs = [group["initial_lr"] for group in self.settings]
         for group, settings, factor in zip(optimizer.param_groups, self.settings, schedule.lr_lambdas, strict=True):
             group.update(settings, lr=settings["initial_lr"] * factor(schedule.last_epoch))
-        trainer: Any = self.trainer
-        steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # small sets too have a loss in each epoch
 
     # What is kept

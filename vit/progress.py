@@ -79,7 +79,7 @@ class TrainingProgress(ProgressBar):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         size = sum(p.numel() for p in vit.parameters())
         (height, width), (rows, columns) = vit.patch_size, vit.grid_size
-        what = f"{data.dataset}: {len(data.train):,} training and {len(data.val):,} validation images, "
+        what = f"{data.dataset}: {len(data.train):,} training and {len(data.val or ()):,} validation images, "
         total = int(trainer.estimated_stepping_batches)
         lines = [
             f"{what}{vit.num_classes} classes",
