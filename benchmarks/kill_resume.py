@@ -44,6 +44,7 @@ EMA = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {
 KINDS = {
     "in memory, no workers": ([], 1),
     "files, 2 workers": (["--data.dataset={images}", "--data.num_workers=2", "--data.batch_size=32"], 1),
+    "compiled": (["--model.compile=true"], 1),
     "2 processes": ([], 2),
     "accumulation 2": (["--trainer.accumulate_grad_batches=2"], 1),
     "averaged weights": ([f"--trainer.callbacks=[{EMA}]"], 1),

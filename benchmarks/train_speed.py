@@ -298,7 +298,7 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
         images = torch.randn(batch, cli.model.vit.in_chans, *side, device=device)
         labels = torch.randint(cli.model.vit.num_classes, (batch,), device=device)
         model, other = held_at(cli.model, factor), timm_model(cli.model.vit, side).to(device)
-        network = torch.compile(other, dynamic=False) if cli.model.compile_on_gpu and device.type == "cuda" else other
+        network = torch.compile(other, dynamic=False) if cli.model.compiles else other
 
         def ours(batches: Callable[[], Iterator[Any]], model: ViTClassifier = model) -> Speed:
             model.to(device)  # Lightning leaves it on the host

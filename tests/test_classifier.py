@@ -172,9 +172,18 @@ def test_compiled_network_is_the_same_function_of_the_same_weights(monkeypatch):
     assert set(model.state_dict()) == names
 
 
-def test_a_processor_does_not_compile():
+def test_a_machine_that_cannot_compile_says_so_and_trains_on(tmp_path, monkeypatch, capsys):
+    """As torch does it where no C++ compiler is found."""
+    fault = "InvalidCxxCompiler: No working C++ compiler found in ('g++',)"
+
+    def compile(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{fault}\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", compile)
     model = classifier(compile=True)
+    trainer(tmp_path, max_steps=1).fit(model, loader(batch_of(8)))
     assert model.network is model.vit
+    assert capsys.readouterr().err == f"going on without model.compile, which fails here: {fault}\n"
 
 
 def test_small_images_are_means_of_large_ones():

@@ -13,6 +13,7 @@ SHORT = ["--kills=2", "--other-kills=1", "--saves=5", "--times=1", "--no-torchru
 CASES = [
     "kill -9, in memory, no workers",
     "kill -9, files, 2 workers",
+    "kill -9, compiled",
     "kill -9, 2 processes",
     "kill -9, accumulation 2",
     "kill -9, averaged weights",

@@ -61,8 +61,8 @@ class ViTClassifier(LightningModule):
         freeze: Train the head alone (a linear probe).
         layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 0.65 to 0.9 is usual
             for fine-tuning.
-        compile: Compile the training step's network and the augmentation (torch.compile); on a GPU alone, as the
-            compiler costs a CPU more than it gives.
+        compile: Compile the training step's network (torch.compile) and, on a GPU, the augmentation. Takes half a
+            minute for each resolution, and a C++ compiler; without one the run goes on uncompiled.
         vit: Arguments of VisionTransformer.
     """
 
@@ -117,7 +117,7 @@ class ViTClassifier(LightningModule):
         self.class_names = tuple(class_names)
         self.preprocess = Preprocess(image_size=self.vit.image_size, mean=tuple(mean), std=tuple(std), white=white)
         self.optimizer = {"name": optimizer, "lr": lr, "muon_lr": muon_lr, "weight_decay": weight_decay}
-        self.layer_decay, self.compile_on_gpu = layer_decay, compile
+        self.layer_decay, self.compiles = layer_decay, compile
         self.warmup, self.label_smoothing = warmup, label_smoothing
         self.schedule: Literal["cosine", "linear"] = schedule
         self.resolution = sorted((float(until), float(factor)) for until, factor in resolution)
@@ -261,10 +261,14 @@ class ViTClassifier(LightningModule):
 
         Validation calls the model itself: its last batch has another size, and would be compiled anew.
         """
-        return compiled(self.vit) if self.compile_on_gpu and self.device.type == "cuda" else self.vit
+        return compiled(self.vit) if self.compiles else self.vit
 
     def on_fit_start(self) -> None:
         self.started = time.monotonic()
+        if self.compiles and (fault := compiler_fault(self.device)):
+            self.compiles = False
+            if self.trainer.is_global_zero:
+                print(f"going on without model.compile, which fails here: {fault}", file=sys.stderr)
         if self.pretrained and self.trainer.is_global_zero and not self.resumed:
             for note in self.adapted:
                 print(f"{self.pretrained}: {note}", file=sys.stderr)
@@ -352,6 +356,18 @@ def compiled(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:
     """The model's forward pass, compiled; a function, as a module would have its weights saved a second time."""
     network = torch.compile(vit, dynamic=False)
     return lambda images: network(images)
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device, in a line; none where it can. Tried on something small.
+
+    A compiler for C++ and Python's headers are needed, which many machines lack.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(4, device=device))
+    except Exception as error:  # whatever a compiler, a driver or a library may raise
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return None
 
 
 def number(state: dict[str, Any], groups: Sequence[Sequence[int]], *, done: bool) -> None:
