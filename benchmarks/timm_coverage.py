@@ -121,7 +121,7 @@ def page(rows: list[dict[str, Any]], refused: dict[str, list[str]]) -> str:
         "# timm's vision transformers",
         "",
         f"Written by `python -m benchmarks.timm_coverage` with timm {timm.__version__}. Of the {len(rows) + count}",
-        f"vision transformers in its registry, ours can be **{len(rows)}**: `Predictor.from_timm(NAME)` and",
+        f"vision transformers in its registry, ours can be **{len(rows)}**: `predict.py --checkpoint NAME` and",
         "`--model.pretrained NAME`. The others are refused before anything is downloaded, with the reason below.",
         "",
         "Each was built with its own configuration and random weights, two blocks deep, those of more than 1,100",

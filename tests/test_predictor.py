@@ -359,14 +359,20 @@ def test_what_cannot_be_built_is_said_in_one_line(tmp_path, monkeypatch):
         Predictor.from_checkpoint()
 
 
-def test_a_folder_of_timm_is_refused_with_the_call_that_reads_it(tmp_path):
+def test_a_folder_or_a_name_of_timm_is_a_checkpoint_too(tmp_path, monkeypatch):
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=3, depth=1, num_classes=3)
     save_for_hf(theirs, str(tmp_path), model_config={"label_names": list(NAMES)}, safe_serialization=True)
-    with pytest.raises(CheckpointError) as caught:
-        Predictor.from_checkpoint(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}: a folder as timm keeps it, ")
-    call = str(caught.value).rpartition(" ")[2]
-    assert eval(call).class_names == NAMES
+    found = Predictor.from_checkpoint(tmp_path, device="cpu")
+    assert found.class_names == NAMES
+    with torch.inference_mode():
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(found.model(images), theirs.eval()(images), rtol=0, atol=1e-5)
+    with pytest.raises(
+        CheckpointError, match=r"vit_tiny_patch99: neither a file or folder nor the name of a timm model"
+    ):
+        Predictor.from_checkpoint("vit_tiny_patch99")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: theirs)  # without a download
+    assert Predictor.from_checkpoint("vit_tiny_patch16_224", device="cpu").class_names == ("0", "1", "2")
 
 
 def test_a_model_that_gives_no_numbers_is_an_error(predictor):

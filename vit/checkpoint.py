@@ -141,7 +141,7 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
 def _of_folder(folder: Path) -> str:
     """What to give instead of it."""
     if (folder / "config.json").is_file():  # beside it lies a model.safetensors of timm's
-        return f'a folder as timm keeps it, not a checkpoint file; it is read by Predictor.from_timm("{folder}")'
+        return "a folder as timm keeps it, not a checkpoint file; predict.py and --model.pretrained read it"
     files = (folder / name for name in ("model.safetensors", "best.ckpt", "last.ckpt"))
     found = next((file for file in files if file.is_file()), None)
     return "a folder, not a checkpoint file" + (f"; give {found}" if found else "")

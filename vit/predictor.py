@@ -162,7 +162,7 @@ class Predictor:
         self.name, self.about, self.preprocess = name, about, about.preprocess
         _ = self.preprocess.mode  # refuses other numbers of channels
         self.class_names = about.class_names
-        self.precision = ("bfloat16" if _has_bfloat16(self.device) else "float32") if precision == "auto" else precision
+        self.precision = ("bfloat16" if has_bfloat16(self.device) else "float32") if precision == "auto" else precision
         self.batch_size = BATCH_SIZE.get(self.device.type, 64)
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
@@ -175,16 +175,19 @@ class Predictor:
     def from_checkpoint(
         cls, path: str | Path | None = None, *, device: str = "auto", precision: Precision = "float32"
     ) -> "Predictor":
-        """A predictor from one file.
+        """A predictor from one file, or from a pretrained model of timm's.
 
         Args:
             path: ``model.safetensors`` or a Lightning ``.ckpt``; none for the CIFAR-10 weights that come with the code.
+                Where there is no such file, what ``from_timm`` takes.
             device: As for the class.
             precision: As for the class.
 
         Raises:
-            CheckpointError: If there is no such file, or it is no checkpoint.
+            CheckpointError: If there is no such thing, or it is no checkpoint.
         """
+        if path is not None and of_timm(path):
+            return cls.from_timm(str(path), device=device, precision=precision)
         if path is None and not SHIPPED.is_file():
             raise CheckpointError(f"{SHIPPED}: the weights that come with the code are missing; name a checkpoint")
         path = path or SHIPPED
@@ -538,7 +541,15 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"no device {name!r}; {DEVICES}") from error
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def of_timm(path: str | Path) -> bool:
+    """Whether this is a folder as timm keeps it or may be a name of timm's, and not a file of ours."""
+    given = Path(path)
+    if given.is_dir():
+        return (given / "config.json").is_file()
+    return not given.is_file() and ("=" in given.name or given.suffix not in (".safetensors", ".ckpt"))
+
+
+def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware, and so faster than float32."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
