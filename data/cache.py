@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
 
-VERSION = 1  # part of every cache file's name: raise it when decoding or the layout changes
+VERSION = 2  # part of every cache file's name: raise it when decoding or the layout changes
 LIMIT = 2 * 2**30  # bytes of pixels of one split; larger ones are decoded batch by batch
 CHUNK = 2**19  # bytes of pixels that a worker sends back at a time: containers are short of shared memory
 SAMPLE = 2000  # images that stand for a split too large for the cache, or for a stream
@@ -62,6 +62,10 @@ class BadFiles(DataError):
         self.reasons = reasons
 
 
+class OtherSize(DataError):
+    """An image that is not as large as the others, of a set whose images are not cut."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageFiles:
     """Image files that look like a tensor (N, C, H, W): ``files[indices]`` decodes uint8 (B, C, H, W).
@@ -90,14 +94,14 @@ class ImageFiles:
         """Path of one image."""
         return os.path.join(self.folder, os.fsdecode(self.names[index]))
 
-    def open(self, index: int) -> Image.Image:
-        """Decode one image at its own size.
+    def open(self, index: int, *, min_side: int | None = None) -> Image.Image:
+        """Decode one image at its own size, or a large JPEG with at least so many pixels along its shorter side.
 
         Raises:
             DataError: If the file cannot be read.
         """
         try:
-            return open_image(self.path(index), self.preprocess.mode, white=self.preprocess.white)
+            return open_image(self.path(index), self.preprocess.mode, min_side=min_side, white=self.preprocess.white)
         except ImageError as error:
             raise DataError(f"{self.path(index)}: {error}{ADVICE}") from None
 
@@ -109,15 +113,18 @@ class ImageFiles:
         except Exception:  # which the check of all files has said
             return None
 
-    def cut(self, index: int, image: Image.Image) -> Tensor:
-        """uint8 pixels (C, H, W) of an opened image.
+    def pixels(self, index: int) -> Tensor:
+        """uint8 pixels (C, H, W) of one image: those that predict.py sees.
 
         Raises:
-            DataError: If it has another size than the others and may not be cut.
+            DataError: If the file cannot be read.
+            OtherSize: If it has another size than the others and may not be cut.
         """
-        height, width = self.preprocess.image_size
-        if self.size_from and image.size != (width, height):
-            raise DataError(
+        if self.size_from is None:
+            return self.preprocess(self.open(index, min_side=self.preprocess.min_side))
+        image, (height, width) = self.open(index), self.preprocess.image_size
+        if image.size != (width, height):
+            raise OtherSize(
                 f"{self.path(index)} is {image.width}x{image.height} pixels but {self.size_from} is {width}x{height}: "
                 "give an image_size to cut all images to"
             )
@@ -125,7 +132,7 @@ class ImageFiles:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Decode a batch of images (B,) to uint8 (B, C, H, W)."""
-        return torch.stack([self.cut(index, self.open(index)) for index in indices.tolist()])
+        return torch.stack([self.pixels(index) for index in indices.tolist()])
 
     def sample(self, count: int) -> "ImageFiles":
         """At most ``count`` of the files, evenly spaced, always the same."""
@@ -376,17 +383,13 @@ class _Chunks(Dataset):
         unreadable: dict[int, str] = {}
         for i in self.chunks[index]:
             try:
-                image = self.files.open(i)
+                pixels = self.files.pixels(i)
+            except OtherSize as error:
+                return images[0], unreadable, str(error)
             except DataError as error:
                 unreadable[i] = str(error)
-                continue
-            if not self.keep and not self.files.size_from:
-                continue
-            try:
-                pixels = self.files.cut(i, image).unsqueeze(0)
-                images += [pixels] if self.keep else []
-            except DataError as error:
-                return images[0], unreadable, str(error)
+            else:
+                images += [pixels[None]] if self.keep else []
         return torch.cat(images), unreadable, None
 
 

@@ -1,5 +1,6 @@
 """Images of one data set, in batches: uint8 up to the device, normalised and augmented there."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from data.stream import StreamDataset, StreamOrder, even
 from vit.preprocess import Preprocess
 
 CPU = torch.device("cpu")
+MOST_WORKERS = 32  # processes that decode; more only take memory
 SHARE = 4  # a split may take a quarter of the device's free memory; the rest is for the model and its activations
 
 
@@ -153,6 +155,11 @@ def batches(split: Split | Stream) -> SplitDataset | StreamBatches:
     return StreamBatches(split) if isinstance(split, Stream) else SplitDataset(split)
 
 
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def home(device: torch.device, size: int, free: int) -> torch.device:
     """Where a split's images are kept while a model trains on this device: there, or in the host's memory.
 
@@ -191,7 +198,8 @@ class ImageDataModule(LightningDataModule):
             0 trains on all of them, for a last run whose settings are chosen: nothing is measured then, the last
             weights are kept, and the temperature stays 1.
         seed: Of the held-out split, the order and the augmentation.
-        num_workers: Processes that decode images; sets that fit in memory are decoded once and need none after that.
+        num_workers: Processes that decode images; none for one a core, shared between the processes that train here.
+            Sets that fit in memory are decoded once and need none after that.
         augment: Random changes to training images.
         on_bad: What to do about image files that cannot be read, which are looked for before the training: ``fail`` or
             ``skip``; they are listed in a file of the cache.
@@ -211,7 +219,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: int = 128,
         val_fraction: float = 0.1,
         seed: int = 0,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         augment: Augment = Augment(),  # noqa: B008 (frozen)
         on_bad: OnBad = "fail",
         white: float | None = None,
@@ -221,7 +229,7 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise DataError(f"data.batch_size must be at least 1, got {batch_size}")
-        if num_workers < 0:
+        if num_workers is not None and num_workers < 0:
             raise DataError(f"data.num_workers must be at least 0, got {num_workers}")
         if not 0 <= val_fraction < 1:
             raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
@@ -231,13 +239,20 @@ class ImageDataModule(LightningDataModule):
         self.device = CPU  # of the model
         self.copies: dict[tuple[Split, torch.device], Split] = {}  # what lies on it
         self.white = white
-        self._how: Any = {"root": root, "image_size": image_size, "num_workers": num_workers, "on_bad": on_bad}
+        self._how: Any = {"root": root, "image_size": image_size, "num_workers": self.workers, "on_bad": on_bad}
 
     # The facts that the model needs; train.py links them to its arguments.
 
     @cached_property
     def source(self) -> Source:
         return load_source(self.dataset, white=self.white, **self._how)
+
+    @property
+    def workers(self) -> int:
+        """How many processes decode for this one."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return max(1, min(MOST_WORKERS, usable_cores()) // (self.trainer.num_devices if self.trainer else 1))
 
     @property
     def class_names(self) -> list[str]:
@@ -268,7 +283,7 @@ class ImageDataModule(LightningDataModule):
             self.device = self.trainer.strategy.root_device
         train, val, test = self.source.train, self.source.val, self.source.test
         self.train: SplitDataset | Any  # Any: StreamBatches, as for the others
-        self.val: SplitDataset | Any | None = None if val is None else batches(val)
+        self.val: Any = None if val is None else batches(val)
         self.test: SplitDataset | Any | None = None if test is None else batches(test)
         if isinstance(train, Stream):
             if self.balance:
@@ -320,7 +335,7 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         places = {"size": len(self.train), "batch_size": self.batch_size, "position": self.position, **self._rank()}
         if isinstance(self.train, StreamBatches):
-            self.order = StreamOrder(**places, workers=self.num_workers)
+            self.order = StreamOrder(**places, workers=self.workers)
             return self._loader(self.train, self.order)
         labels = self.train.split.labels[self.train.subset] if self.balance else None
         dataset = self.near(self.train)
@@ -342,7 +357,7 @@ class ImageDataModule(LightningDataModule):
     def _eval_loader(self, dataset: SplitDataset | StreamBatches) -> DataLoader:
         places = {"size": len(dataset), "batch_size": 2 * self.batch_size, **self._rank()}
         if isinstance(dataset, StreamBatches):
-            return self._loader(dataset, StreamOrder(**places, workers=self.num_workers, position=lambda: (0, 0)))
+            return self._loader(dataset, StreamOrder(**places, workers=self.workers, position=lambda: (0, 0)))
         dataset = self.near(dataset)
         return self._loader(dataset, EvalOrder(**places, device=dataset.device))
 
@@ -354,7 +369,7 @@ class ImageDataModule(LightningDataModule):
 
     def _loader(self, dataset: SplitDataset | StreamBatches, order: Sampler) -> DataLoader:
         in_memory = isinstance(dataset, SplitDataset) and isinstance(dataset.split.images, Tensor)
-        workers = 0 if in_memory else self.num_workers
+        workers = 0 if in_memory else self.workers
         on_device = isinstance(dataset, SplitDataset) and dataset.device.type != "cpu"
         return DataLoader(
             dataset,

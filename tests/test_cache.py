@@ -8,6 +8,7 @@ import resource
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -345,10 +346,10 @@ def test_repaired_files_are_all_there(files, pixels, check, monkeypatch, limit):
     spoil(files, 1)
     opened = ImageFiles.open
 
-    def refused(self: ImageFiles, index: int) -> Image.Image:
+    def refused(self: ImageFiles, index: int, **how: Any) -> Image.Image:
         if index == 2:
             raise DataError("stale file handle")
-        return opened(self, index)
+        return opened(self, index, **how)
 
     monkeypatch.setattr(ImageFiles, "open", refused)
     assert len(check("skip")[0]["train"]) == 5
@@ -382,6 +383,17 @@ def test_one_process_at_a_time(tmp_path):
     first.kill()
     with alone(tmp_path / "lock"):
         first.join()
+
+
+def test_large_jpegs_are_what_predict_sees(tmp_path, build):
+    """In the cache and batch by batch: reduced while they are decoded, where the model sees no more."""
+    waves = np.sin(np.linspace(0, 40, 400))[:, None] * np.cos(np.linspace(0, 30, 500)) * 120 + 128
+    Image.fromarray(waves.astype(np.uint8)).convert("RGB").save(tmp_path / "large.jpg")
+    files = files_of(tmp_path, ["large.jpg"])
+    seen = files.preprocess.load(tmp_path / "large.jpg")
+    assert torch.equal(build(files)[0], seen)
+    assert torch.equal(files[torch.tensor([0])][0], seen)
+    assert not torch.equal(seen, files.preprocess(files.open(0)))
 
 
 def test_vanished_file_is_named(files, build):

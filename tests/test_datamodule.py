@@ -1,6 +1,7 @@
 """Who sees which image when: once an epoch over all ranks, the same after a restart, and each once in evaluation."""
 
 import io
+import os
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -425,6 +426,17 @@ def test_given_validation_images_are_used_whole(folder, tmp_path):
     assert (len(module.train), len(module.val), module.test) == (20, 6, None)
     with pytest.raises(DataError, match=r"has no test images; put class folders into train/ and test/"):
         module.test_dataloader()
+
+
+def test_workers_are_the_cores_of_this_process_shared_between_those_that_train(monkeypatch):
+    monkeypatch.setattr("data.datamodule.usable_cores", lambda: 100)
+    module = ImageDataModule(dataset="digits")
+    assert module.workers == 32
+    module.trainer = SimpleNamespace(num_devices=5)  # type: ignore[assignment]
+    assert module.workers == 6
+    assert ImageDataModule(dataset="digits", num_workers=3).workers == 3
+    monkeypatch.undo()
+    assert 1 <= ImageDataModule(dataset="digits").workers <= (os.cpu_count() or 1)
 
 
 def test_no_held_out_images_for_a_last_run():

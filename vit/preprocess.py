@@ -257,8 +257,12 @@ class Preprocess:
         Raises:
             ImageError: As ``open_image``.
         """
-        enough = math.ceil(DRAFT_GAP * max(self.image_size) / self.crop)
-        return self(open_image(source, self.mode, min_side=enough, white=self.white))
+        return self(open_image(source, self.mode, min_side=self.min_side, white=self.white))
+
+    @property
+    def min_side(self) -> int:
+        """Pixels of an image's shorter side beyond which the model sees no more."""
+        return math.ceil(DRAFT_GAP * max(self.image_size) / self.crop)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Float images (B, C, H, W) with the model's mean and std from uint8 pixels."""
