@@ -8,14 +8,16 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
+from inspect import signature
 from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -29,6 +31,8 @@ from vit.classifier import ViTClassifier
 from vit.config import check_config
 from vit.guard import Diverged, Guard
 from vit.history import History
+from vit.model import VisionTransformer
+from vit.predictor import has_bfloat16
 from vit.progress import TrainingProgress, class_table
 from vit.saving import CheckpointFile
 
@@ -45,6 +49,8 @@ MEASURED = {  # what can be monitored, and which way it is better
     **dict.fromkeys(("train/loss", "val/loss", "val/ece"), "min"),
     **dict.fromkeys(("val/acc", "val/balanced_acc", "val/acc5"), "max"),
 }
+RESULTS = ("last.ckpt", "best.ckpt", "model.safetensors")  # of a run, in its folder
+ARCHITECTURE = set(signature(VisionTransformer).parameters)
 FACTS = ("class_names", "mean", "std", "image_size", "white")  # flow from the data to the model
 
 
@@ -109,6 +115,13 @@ class TrainCLI(LightningCLI):
             }
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Of a pretrained model's architecture keep what was asked for, and no default that it may contradict."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config["subcommand"]]["model"]
+        if config["pretrained"]:
+            leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
+
     def _parse_ckpt_path(self) -> None:
         """Refuse an unusable checkpoint before anything is built; ``best`` is the run's, also in a later process.
 
@@ -128,6 +141,10 @@ class TrainCLI(LightningCLI):
             load_checkpoint(path)
         if subcommand != "fit":  # which has today's settings: those of the command
             super()._parse_ckpt_path()
+            config = self.config[subcommand]
+            if path is not None and config["model"]["pretrained"]:  # that may be gone; all is in the checkpoint
+                config["model"]["pretrained"] = str(path)
+                leave_out(ARCHITECTURE, config["model"])
 
     def _run_subcommand(self, subcommand: str) -> None:
         with locked(Path(self.trainer.default_root_dir)) if self._writes(subcommand) else nullcontext():
@@ -151,6 +168,12 @@ class TrainCLI(LightningCLI):
         root, path = Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path")
         last, exported = root / "last.ckpt", root / "model.safetensors"
         if path is None or (path == "last" and not last.exists()):
+            start, results = self.model.pretrained, [(root / name).resolve() for name in RESULTS]
+            if start and Path(start).resolve() in results:
+                raise ValueError(
+                    f"{start}: a new run in {root} moves it to {root / 'previous'}, and could not be gone on with; "
+                    "take another --trainer.default_root_dir"
+                )
             if self._writes("fit"):
                 self.datamodule.setup("fit")  # refuses what cannot be trained on while the earlier run is in its place
                 put_aside(root)
@@ -226,8 +249,12 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config, "trainer")
         given = self._get(self.config_init, "trainer")
-        if None not in (every := config["check_val_every_n_epoch"], epochs := config["max_epochs"]) and epochs > 0:
-            kwargs["check_val_every_n_epoch"] = min(every, epochs)  # a short trial is validated too, at its end
+        device = torch.device("cuda" if torch.cuda.is_available() and config["accelerator"] != "cpu" else "cpu")
+        if config["accelerator"] == "auto":
+            kwargs["accelerator"] = device.type  # not a Mac's mps, which was never tried here and lacks float64
+        if config["precision"] == "bf16-mixed" and not has_bfloat16(device):
+            kwargs["precision"] = "32-true"
+            print(f"training in float32: this {device.type} has no fast bfloat16", file=sys.stderr)
         kwargs["plugins"] = [*several(given["plugins"]), CheckpointFile()]
         if config["logger"] is None:
             root, part = config["default_root_dir"], "" if self.subcommand == "fit" else str(self.subcommand)
@@ -235,6 +262,21 @@ class TrainCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             kwargs["callbacks"] = [*several(given["callbacks"]), TrainingProgress()]
         return super().instantiate_trainer(**kwargs)
+
+
+def mentioned(args: Any) -> set[str]:
+    """Names of the model's settings that the command or its files mention; parsing makes them one with the defaults."""
+    words = [str(word) for word in args] if isinstance(args, list | tuple) else []
+    files = (yaml.safe_load(Path(path).read_text()) for path in configs(args))
+    return {word[8:].partition("=")[0] for word in words if word.startswith("--model.")}.union(
+        *(file.get("model") or () for file in files if file)
+    )
+
+
+def leave_out(names: Iterable[str], config: Any) -> None:
+    """Take keys out of a configuration."""
+    for name in names:
+        config.pop(name, None)
 
 
 def check_monitor(name: str, options: Any) -> None:
@@ -279,12 +321,12 @@ def put_aside(root: Path) -> None:
 
     If there is such a folder already, to ``previous-2`` and so on: no run is lost.
     """
-    if not any((root / name).exists() for name in ("last.ckpt", "best.ckpt", "model.safetensors")):
+    if not any((root / name).exists() for name in RESULTS):
         return
     places = (root / name for name in chain(["previous"], (f"previous-{number}" for number in count(2))))
     aside = next(place for place in places if not place.exists())
     aside.mkdir()
-    for name in ("last.ckpt", "best.ckpt", "model.safetensors", "metrics.csv", "hparams.yaml", "config.yaml"):
+    for name in (*RESULTS, "metrics.csv", "hparams.yaml", "config.yaml", "test", "validate"):
         if (root / name).exists():
             (root / name).rename(aside / name)
     for events in root.glob("events.out.tfevents.*"):

@@ -36,7 +36,7 @@ def pretrained(tmp_path) -> Path:
 
 
 def test_architecture_is_read_from_the_file(pretrained):
-    model = ViTClassifier(**DATA, pretrained=str(pretrained), drop_path_rate=0.1, embed_dim=384)  # 384 is the default
+    model = ViTClassifier(**DATA, pretrained=str(pretrained), drop_path_rate=0.1)
     assert model.vit.architecture["embed_dim"] == 32
     assert model.vit.architecture["drop_path_rate"] == 0.1
     assert (model.vit.image_size, model.vit.in_chans, model.vit.num_classes) == ((8, 8), 1, 2)
@@ -55,6 +55,8 @@ def test_stochastic_depth_is_what_this_training_asks_for(pretrained):
 def test_what_contradicts_the_file_is_refused(pretrained):
     with pytest.raises(ValueError, match=r"has depth 3, not 5; leave model.depth out"):
         ViTClassifier(**DATA, pretrained=str(pretrained), depth=5)
+    with pytest.raises(ValueError, match=r"has stem conv, not linear; leave model.stem out"):  # though a default
+        ViTClassifier(**DATA, pretrained=str(pretrained), stem="linear")
     with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\], got 0"):
         ViTClassifier(**DATA, pretrained=str(pretrained), layer_decay=0)
 

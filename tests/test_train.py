@@ -38,6 +38,11 @@ TINY = [
     "--trainer.enable_progress_bar=false",
 ]
 
+FINETUNE = [
+    *(f"--config={ROOT / 'configs/finetune.yaml'}", "--data.dataset=digits", "--data.batch_size=512"),
+    *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=1"),
+]
+
 
 def run(command: str, root: Path, *arguments: str) -> int:
     return train.main([command, *TINY, f"--trainer.default_root_dir={root}", *arguments])
@@ -340,6 +345,44 @@ def test_a_short_trial_is_validated_and_replaces_the_last_with_a_word(tmp_path, 
         assert (f"the run that was here is in {tmp_path / 'previous'}" in capsys.readouterr().err) == words
         assert (tmp_path / "model.safetensors").exists()
         assert (tmp_path / "previous" / "model.safetensors").exists() == words
+
+
+@pytest.mark.parametrize(("epochs", "every", "steps"), [(3, 2, [9, 14]), (2, 5, [9])])
+def test_the_last_epoch_is_validated(epochs, every, steps, tmp_path):
+    """However often that is done: else the run's best part could be thrown away."""
+    short = [f"--trainer.max_epochs={epochs}", f"--trainer.check_val_every_n_epoch={every}"]
+    assert run("fit", tmp_path, *short) == 0
+    assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == steps
+
+
+def test_a_machine_without_bfloat16_trains_in_float32(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed") == 0
+    assert "training in float32: this cpu has no fast bfloat16" in capfd.readouterr().err
+    assert load_checkpoint(tmp_path / "model.safetensors")[1].training["precision"] == "32-true"
+
+
+def test_a_run_from_pretrained_weights_needs_them_once(fitted, tmp_path, capfd):
+    """They may be gone when it is measured; and a run that moves them away could not go on."""
+    base, root = tmp_path / "base.ckpt", tmp_path / "run"
+    shutil.copy(fitted / "best.ckpt", base)
+    tuned = [*FINETUNE, f"--trainer.default_root_dir={root}", "--trainer.max_epochs=1"]
+    assert train.main(["fit", *tuned, f"--model.pretrained={base}"]) == 0
+    config = yaml.safe_load((root / "config.yaml").read_text())["model"]
+    assert config["pretrained"] == str(base)
+    assert "embed_dim" not in config
+    base.unlink()
+    assert train.main(["test", *tuned, "--ckpt_path=best"]) == 0
+    assert (root / "test" / "metrics.csv").exists()
+    capfd.readouterr()
+    for name in ("best.ckpt", "last.ckpt", "model.safetensors"):
+        assert train.main(["fit", *tuned, f"--model.pretrained={root / name}"]) == 2
+        assert f"{name}: a new run in {root} moves it to {root / 'previous'}" in capfd.readouterr().err
+    assert train.main(["fit", *tuned, f"--model.pretrained={root / 'best.ckpt'}", "--model.pool=token"]) == 2
+    assert "best.ckpt: has pool mean, not token; leave model.pool out" in capfd.readouterr().err  # though a default
+    assert train.main(["fit", *tuned, "--model.pretrained=cifar10"]) == 0
+    assert (root / "previous" / "test" / "metrics.csv").exists()
+    assert not (root / "test").exists()
 
 
 def test_no_earlier_run_is_lost(tmp_path, capfd):

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -103,7 +102,7 @@ class ViTClassifier(LightningModule):
             self.vit = VisionTransformer(image_size=size, in_chans=len(mean), num_classes=len(class_names), **vit)
         else:
             facts = {"image_size": size, "class_names": class_names, "mean": mean, "std": std}
-            self.vit, self.adapted = start_from(pretrained, **facts, **asked_for(vit))
+            self.vit, self.adapted = start_from(pretrained, **facts, **vit)
         for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
             if not 0 <= value < 1:
                 raise ValueError(f"model.{name} must be in [0, 1), got {value}")
@@ -166,6 +165,10 @@ class ViTClassifier(LightningModule):
         return self.vit(images)
 
     # Steps
+
+    def on_train_epoch_start(self) -> None:
+        if self.trainer.current_epoch + 1 == self.trainer.max_epochs and self.trainer.check_val_every_n_epoch:
+            self.trainer.check_val_every_n_epoch = 1  # the end is measured, also of a run that does not divide
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Stochastic depth draws at a step what it would draw in a run that was never interrupted.
@@ -386,12 +389,6 @@ def number(state: dict[str, Any], groups: Sequence[Sequence[int]], *, done: bool
         state["state"] = {places[place]: value for place, value in state["state"].items()}
     for group, numbers in zip(state.get("param_groups", ()), groups, strict=False):
         group["params"] = list(numbers)
-
-
-def asked_for(vit: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of VisionTransformer that are not its defaults: what the user wants of a pretrained model."""
-    defaults = {name: parameter.default for name, parameter in signature(VisionTransformer).parameters.items()}
-    return {name: value for name, value in vit.items() if value != defaults.get(name)}
 
 
 def device_name(device: torch.device) -> str:
