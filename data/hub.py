@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.cache import DataError, ImageFiles, one_line, write_atomically
+from data.cache import VERSION, DataError, ImageFiles, one_line, write_atomically
 from data.labels import split_of
 from data.stream import progress, remembered, states
 from vit.preprocess import open_image
@@ -41,17 +41,17 @@ class StoredImages(ImageFiles):
     def path(self, index: int) -> str:
         return f"{self.folder}, image {int(self.names[index])}"
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int, *, min_side: int | None = None) -> Image.Image:
         try:
             image = self.get(int(self.names[index]))
-            return open_image(image, self.preprocess.mode, white=self.preprocess.white)
+            return open_image(image, self.preprocess.mode, min_side=min_side, white=self.preprocess.white)
         except Exception as error:  # some libraries decode by themselves, and raise what they like
             raise DataError(f"{self.path(index)}: {one_line(error)}") from None
 
     @property
     def key(self) -> str:  # type: ignore[override]
         decoding = (self.preprocess.image_size, self.preprocess.mode, self.preprocess.white)
-        settings = (self.fingerprint, self.names.tobytes(), *decoding)
+        settings = (VERSION, self.fingerprint, self.names.tobytes(), *decoding)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
