@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from data.datamodule import ImageDataModule
@@ -254,7 +255,8 @@ class TrainCLI(LightningCLI):
             kwargs["accelerator"] = device.type  # not a Mac's mps, which was never tried here and lacks float64
         if config["precision"] == "bf16-mixed" and not has_bfloat16(device):
             kwargs["precision"] = "32-true"
-            print(f"training in float32: this {device.type} has no fast bfloat16", file=sys.stderr)
+            if rank_zero_only.rank == 0:
+                print(f"training in float32: this {device.type} has no fast bfloat16", file=sys.stderr)
         kwargs["plugins"] = [*several(given["plugins"]), CheckpointFile()]
         if config["logger"] is None:
             root, part = config["default_root_dir"], "" if self.subcommand == "fit" else str(self.subcommand)
