@@ -119,7 +119,8 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Of a pretrained model's architecture keep what was asked for, and no default that it may contradict."""
         super().parse_arguments(parser, args)
-        config = self.config[self.config["subcommand"]]["model"]
+        subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
+        config = (self.config[subcommand] if subcommand else self.config)["model"]
         if config["pretrained"]:
             leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
 

@@ -126,12 +126,14 @@ class Clock(Callback):
         return Speed.of(self.starts, self.ready, self.device)
 
 
-def held_at(model: ViTClassifier, factor: float) -> ViTClassifier:
-    """The config's model, at one resolution throughout."""
+def held_at(model: ViTClassifier, factor: float, compiles: bool | None = None) -> ViTClassifier:
+    """The config's model, at one resolution throughout; compiled as in the config, or as asked for."""
     arguments: dict[str, Any] = {
         name: value for name, value in model.hparams.items() if name != "_instantiator"
     }  # LightningCLI's own
     arguments["resolution"] = [] if factor == 1 else [(1.0, factor)]
+    if compiles is not None:
+        arguments["compile"] = compiles
     return ViTClassifier(**arguments)
 
 
@@ -323,6 +325,8 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
             "the same steps, bare loop": partial(ours, same_data),
             "our model, one batch": partial(ours, one_batch),
         }
+        if cli.model.compiles and device.type == "cpu":  # what compiling gives, and whether it is worth its minutes
+            ways["our model, one batch, uncompiled"] = partial(ours, one_batch, held_at(cli.model, factor, False))
         if factor == 1 or device.type == "cpu":
             ways["timm's model, one batch"] = partial(timm, one_batch, bf16)
         if factor == 1 and Path(dataset).is_dir():

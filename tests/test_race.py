@@ -38,3 +38,15 @@ def test_a_missing_package_is_named_before_anything_is_trained(command, monkeypa
     with pytest.raises(SystemExit):
         race.main()
     assert "needs the package vit-pytorch" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_race_trains_the_config_and_measures_on_test_or_held_out_images(command, tmp_path):
+    short = ("--config", "configs/digits.yaml", "--data", "digits", "--epochs", "3", "--seeds", "1", "--no-control")
+    for images in ("test", "held out"):
+        command(*short, *(["--choose"] if images == "held out" else []), "--model.depth", "2")
+        race.main()
+        result = json.loads((tmp_path / "results/race.json").read_text())
+        (row,) = result["rows"]
+        assert (result["images"], row["epochs"]) == (images, 3)
+        assert 0.5 < row["accuracy"] < 1
+        assert row["images/s"] > 0
