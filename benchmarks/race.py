@@ -14,7 +14,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import islice, pairwise
@@ -87,17 +87,14 @@ def ours(options: Any, epochs: int, seed: int, device: torch.device) -> dict[str
 
 def control(options: Any, minutes: float, seed: int, device: torch.device) -> dict[str, Any]:
     """CCT-7/3x1 in this many minutes, once; how many epochs that makes is measured first."""
-    cct: Any = import_module("vit_pytorch.cct")
     augment = Augment(translate=0.125, flip=0.5, policy=1.0, mixup=0.5, cutmix=0.5, mix_until=0.583)
     held_out = 0.1 if options.choose else 0
     settings: dict[str, Any] = {"batch_size": 128, "val_fraction": held_out, "augment": augment, "compile": True}
     module = ImageDataModule(dataset=options.data, seed=seed, **settings)
     module.prepare_data()
     module.setup()
-    facts = {"img_size": module.image_size, "num_classes": len(module.class_names)}
     torch.manual_seed(seed)
-    model = cct.cct_7(**facts, n_conv_layers=1, kernel_size=3, stride=1, padding=1, positional_embedding="learnable")
-    model = model.to(device)
+    model = cct_7(module.image_size, len(module.class_names)).to(device)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     network = torch.compile(model, dynamic=False) if device.type == "cuda" else model
     module.train_dataloader()
@@ -107,6 +104,13 @@ def control(options: Any, minutes: float, seed: int, device: torch.device) -> di
     model.load_state_dict(start)
     epochs = max(1, round(minutes * 60 / a_step / epoch))
     return outcome(model, module, train(model, network, module, device, steps=epochs * epoch), device)
+
+
+def cct_7(image_size: Sequence[int], classes: int) -> nn.Module:
+    """CCT-7/3x1 for images of this height and width."""
+    cct: Any = import_module("vit_pytorch.cct")
+    stem: dict[str, Any] = {"n_conv_layers": 1, "kernel_size": 3, "stride": 1, "padding": 1}
+    return cct.cct_7(img_size=tuple(image_size), num_classes=classes, **stem, positional_embedding="learnable")
 
 
 def train(model: nn.Module, network: Any, module: ImageDataModule, device: torch.device, *, steps: int) -> list[float]:
@@ -166,7 +170,7 @@ def main() -> None:
     options, options.more = parser.parse_known_args()
     if options.control:
         try:  # now rather than after hours
-            import_module("vit_pytorch.cct")
+            cct_7((32, 32), 10)
         except ImportError as error:
             parser.error(f"the control needs the package vit-pytorch ({error}): install it, or pass --no-control")
     quiet()

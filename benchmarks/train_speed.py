@@ -286,15 +286,15 @@ def load(config: str, dataset: str, *more: str) -> Any:
     return cli
 
 
-def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict[str, Any]], float]:
-    """One line for each resolution and way, and the minutes of the whole config."""
+def compare(cli: Any, dataset: str, turns: int, workers: int) -> Iterator[tuple[list[dict[str, Any]], float]]:
+    """After each resolution: a line for it and each way, and the minutes of the config's steps up to here."""
     device = device_of(cli)
     bf16 = "bf16" in str(cli.config.trainer.precision)
     cli.datamodule.augment = replace(cli.datamodule.augment, mix_until=1.0)  # throughout: it is the dearer part
     top = peak(device, torch.bfloat16 if bf16 else torch.float32)
     size, batch, smoothing = cli.datamodule.image_size, cli.datamodule.batch_size, cli.model.label_smoothing
     total = len(cli.datamodule.train) // batch * cli.config.trainer.max_epochs
-    rows, minutes, previous = [], 0.0, 0.0
+    minutes, previous = 0.0, 0.0
     for until, factor in [*cli.model.resolution, (1.0, 1.0)]:
         side = (round(size[0] * factor), round(size[1] * factor))
         images = torch.randn(batch, cli.model.vit.in_chans, *side, device=device)
@@ -341,6 +341,7 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
         first = [speed.seconds for speed in taken["this project, under Lightning"]]
         minutes += (until - previous) * total * statistics.median(first) / 60
         work = 3 * flops(held_at(cli.model, 1.0).vit) * (side[0] * side[1]) / (size[0] * size[1])
+        rows = []
         for name, speeds in taken.items():
             rate = batch / statistics.median(speed.seconds for speed in speeds)
             rows.append(
@@ -357,7 +358,7 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> tuple[list[dict
                 }
             )
         previous = until
-    return rows, minutes
+        yield rows, minutes
 
 
 def quiet() -> None:
@@ -425,11 +426,14 @@ def main() -> None:
         print(record(options.name or "train_growth", rows, config=options.config))
         return
     cli = load(options.config, options.data, *more)
-    rows, minutes = compare(cli, options.data, options.turns, options.workers)
+    facts = {"config": options.config, "batch": cli.datamodule.batch_size, "turns": options.turns}
+    rows, minutes = [], 0.0
+    for more_rows, minutes in compare(cli, options.data, options.turns, options.workers):
+        rows += more_rows
+        file = record(options.name or "train_speed", rows, **facts, minutes=round(minutes, 1))  # what is done is kept
     show(rows)
     print(f"the whole config: {minutes:.1f} minutes without validation")
-    facts = {"config": options.config, "batch": cli.datamodule.batch_size, "turns": options.turns}
-    print(record(options.name or "train_speed", rows, **facts, minutes=round(minutes, 1)))
+    print(file)
 
 
 if __name__ == "__main__":

@@ -379,15 +379,17 @@ def test_share_of_the_run_that_is_done(limits, shares):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_a_real_gpu_sees_what_a_cpu_sees(digits):
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_real_gpu_sees_what_a_cpu_sees(compiled):
     """The same slices, and after augmentation the same images but for rounding; without a wait (torch checks)."""
-    modules = [ImageDataModule(dataset="digits", batch_size=100, augment=EVERYTHING) for _ in range(2)]
+    facts: dict[str, Any] = {"dataset": "digits", "batch_size": 100, "augment": EVERYTHING}
+    modules = [ImageDataModule(**facts, compile=compile) for compile in (False, compiled)]
     modules[1].device = GPU
     batches = []
     for module in modules:
         module.setup()
         stream = iter(module.train_dataloader())
-        next(stream)
+        module.augmented(next(stream))
         torch.cuda.set_sync_debug_mode("error" if module.device == GPU else "default")
         try:
             batch = next(stream)

@@ -418,6 +418,15 @@ def test_maps_are_shares_and_do_not_depend_on_the_batch(model, method, monkeypat
     torch.testing.assert_close(alone_logits, logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("images", "most", "parts"), [(64, 56, [32, 32]), (9, 4, [3, 3, 3]), (5, 4, [3, 2]), (2, 9, [2])]
+)
+def test_large_batches_are_taken_in_parts_alike(model, monkeypatch, images, most, parts):
+    monkeypatch.setattr(module, "_part_size", lambda *_: most)
+    taken = list(module._parts(model, images_for(model, images), "rollout", None, None))
+    assert [len(part) for part, _ in taken] == parts
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_modes_do_not_matter_and_nothing_is_left_behind(model, method):
     images = images_for(model)

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
+import torch
+
 from vit.inputs import Unreadable
 from vit.predictor import BATCH_SIZE, Batch, Precision, Predictor
 
@@ -36,6 +38,7 @@ class Worker:
 
     def __init__(self, options: dict[str, Any], call: dict[str, Any], compile: int | None, folder: str):
         os.chdir(folder)
+        torch.backends.cudnn.allow_tf32 = False  # as where predict.py computes by itself
         self.predictor, self.call = Predictor(**options), call
         if compile:
             self.predictor.compile(compile)

@@ -133,7 +133,8 @@ class Predictor:
         device: Such as ``cpu`` or ``cuda:1``; ``auto`` for an accelerator if there is one.
         precision: ``float32``; ``bfloat16``, faster and to about two digits of a score, with the same predicted label,
             as close calls are decided in float32; or ``auto``: bfloat16 where the hardware has it. Maps are always
-            computed in float32.
+            computed in float32. On NVIDIA's GPUs PyTorch rounds the factors of convolutions, those of the patch
+            embedding, to 10 bits (TF32), unless ``torch.backends.cudnn.allow_tf32`` is False, as in predict.py.
         name: Of the weights, for its repr.
 
     Raises:

@@ -388,7 +388,9 @@ def _parts(
 ) -> Iterator[tuple[Tensor, Question]]:
     """The images in parts of which what is held stays within MEMORY, each with the question about it."""
     classes = [_classes(value, model, images) for value in (target, against)]
-    size = _part_size(model, model.grid_of(images.shape[-2], images.shape[-1]), way)
+    most = _part_size(model, model.grid_of(images.shape[-2], images.shape[-1]), way)
+    parts = -(-len(images) // most)
+    size = -(-len(images) // max(1, parts)) or 1  # parts alike: a small last one would take more for each image
     for i in range(0, len(images), size):
         part = images[i : i + size].detach().clone().requires_grad_(way in CLASS_SPECIFIC)
         about, other = (c if c is None else c[i : i + size] for c in classes)

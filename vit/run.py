@@ -103,11 +103,14 @@ def say(text: str) -> None:
 
 def load_and_classify(options: argparse.Namespace) -> int:
     """Load the model and classify everything; the exit code."""
+    import torch
+
     from vit.cluster import ClusterError
     from vit.inputs import Inputs
     from vit.predictor import Predictor
     from vit.records import Output, OutputError
 
+    torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32 on a GPU too; a program's own to say
     device = "cpu" if options.engine == "ray" else options.device  # the work is done elsewhere
     try:
         predictor = Predictor.from_checkpoint(options.checkpoint, device=device, precision=options.precision)
