@@ -32,6 +32,7 @@ from vit.classifier import ViTClassifier
 from vit.config import check_config
 from vit.guard import Diverged, Guard
 from vit.history import History
+from vit.memory import keep_freed_memory
 from vit.model import VisionTransformer
 from vit.predictor import has_bfloat16
 from vit.progress import TrainingProgress, class_table
@@ -360,6 +361,7 @@ def main(args: ArgsType = None) -> int:
     set_parsing_settings(  # and so is a config, and the arguments in a checkpoint
         instantiate_subclass_spec_in_any=False, import_path_denylist=["*"], import_path_allowlist=["lightning", "vit"]
     )
+    keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hints and advertisements
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what --trainer.profiler asks for

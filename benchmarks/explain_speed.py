@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import record
+from vit.memory import keep_freed_memory
 from vit.model import VisionTransformer
 from vit.rollout import METHODS, attention_map
 
@@ -103,6 +104,7 @@ def difference(name: str, options: argparse.Namespace) -> float:
 
 def peak(name: str, method: str, options: argparse.Namespace) -> float:
     """MiB that one pass adds; run in a process of its own."""
+    keep_freed_memory()
     model, images = prepare(name, options)
     once(model, images[:1], options.precision)  # what libraries set up for themselves
     run = work(method, model)
@@ -140,6 +142,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--batch-factor", type=int, default=1, help="multiplies the batches, which suit a small CPU")
     parser.add_argument("--name", default="explain_speed", help="of the result file")
     options = parser.parse_args(args)
+    keep_freed_memory()  # as predict.py does; all have the good of it
     rows: list[dict[str, Any]] = []
     installed = importlib.util.find_spec("fast_vit_rollout") is not None
     differences = {name: difference(name, options) for name in options.models} if installed else {}

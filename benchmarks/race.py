@@ -30,6 +30,7 @@ from benchmarks.record import record
 from benchmarks.train_speed import bare_trainer, epochs_of, load, now, quiet, show
 from data.augment import Augment
 from data.datamodule import Draw, ImageDataModule
+from vit.memory import keep_freed_memory
 from vit.optim import learning_rate
 
 COMPILING = 20  # times the median: a step that takes longer had to wait for the compiler
@@ -175,7 +176,8 @@ def main() -> None:
             parser.error(f"the control needs the package vit-pytorch ({error}): install it, or pass --no-control")
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # both as train.py does
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
 
     def add(what: str, run: Callable[[int], dict[str, Any]]) -> float:

@@ -49,6 +49,7 @@ from data.datamodule import Batch, ImageDataModule
 from train import TrainCLI
 from vit.classifier import ViTClassifier
 from vit.info import flops
+from vit.memory import keep_freed_memory
 from vit.optim import build_optimizer
 
 WARMUP, STEPS = 4, 16  # steps of each turn
@@ -370,6 +371,7 @@ def quiet() -> None:
 def one(config: str, dataset: str, setting: dict[str, int], file: str) -> float:
     """Run the project at one setting, leave its speed in the file, and return the peak memory in GiB."""
     quiet()
+    keep_freed_memory()
     size, processes = setting["size"], setting["processes"]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     more = [f"--data.image_size={size}", f"--data.batch_size={setting['batch'] // processes}"]
@@ -419,7 +421,8 @@ def main() -> None:
     parser.add_argument("--name", help="of the result file; default: train_speed, or with --grow train_growth")
     options, more = parser.parse_known_args()
     quiet()
-    torch.set_float32_matmul_precision("high")  # as train.py does
+    torch.set_float32_matmul_precision("high")  # both as train.py does; all ways have the good of it
+    keep_freed_memory()
     if options.grow:
         rows = growth(options.config, options.data)
         show(rows)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vit.inputs import Unreadable
+from vit.memory import keep_freed_memory
 from vit.predictor import BATCH_SIZE, Batch, Precision, Predictor
 
 PIECE = 8  # batches that a worker is given at once: it decodes the next one while it computes
@@ -38,7 +39,8 @@ class Worker:
 
     def __init__(self, options: dict[str, Any], call: dict[str, Any], compile: int | None, folder: str):
         os.chdir(folder)
-        torch.backends.cudnn.allow_tf32 = False  # as where predict.py computes by itself
+        keep_freed_memory()  # and the next, as where predict.py computes by itself
+        torch.backends.cudnn.allow_tf32 = False
         self.predictor, self.call = Predictor(**options), call
         if compile:
             self.predictor.compile(compile)

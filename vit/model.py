@@ -127,6 +127,7 @@ class Attention(nn.Module):
     def explain(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
         """``forward``, and the weights it is computed from: what each token (row) takes from every other (column)."""
         q, k, v = self.heads(x, first)
+        k = k.contiguous()  # before it is transposed: the product would copy it element by element
         weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, first or N, N), rows sum to 1
         return self.merge(weights.to(v.dtype) @ v), weights
 

@@ -107,9 +107,11 @@ def load_and_classify(options: argparse.Namespace) -> int:
 
     from vit.cluster import ClusterError
     from vit.inputs import Inputs
+    from vit.memory import keep_freed_memory
     from vit.predictor import Predictor
     from vit.records import Output, OutputError
 
+    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32 on a GPU too; a program's own to say
     device = "cpu" if options.engine == "ray" else options.device  # the work is done elsewhere
     try:
