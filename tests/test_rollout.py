@@ -13,6 +13,7 @@ from vit import rollout as module
 from vit.model import Attention, VisionTransformer
 from vit.rollout import (
     CLASS_SPECIFIC,
+    FUSIONS,
     METHODS,
     AttnLRP,
     attention_map,
@@ -240,8 +241,10 @@ VARIANTS = [
 # ---- exactness ----
 
 
+@pytest.mark.parametrize("rows", [256, 3], ids=["whole", "by_rows"])
 @pytest.mark.parametrize("arguments", SHAPES)
-def test_rollout_is_the_product_of_full_matrices(arguments):
+def test_rollout_is_the_product_of_full_matrices(arguments, rows, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", rows)
     model = build(**arguments)
     images = images_for(model)
     logits, maps = attention_map(model, images)
@@ -459,6 +462,27 @@ def test_bfloat16_comes_near(model, method):
         assert other.dtype == torch.float32
         torch.testing.assert_close(other.sum((1, 2)), torch.ones(3))
         assert torch.corrcoef(torch.stack([maps.flatten(), other.flatten()]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("how", FUSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+def test_many_tokens_go_by_rows_that_come_to_the_same(model, how, dtype, monkeypatch):
+    images, calls = images_for(model), []
+    weights = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    low = VisionTransformer(**model.architecture).to(weights).eval()
+    low.load_state_dict(model.state_dict())
+    by_rows = module._rollout_by_rows
+    monkeypatch.setattr(module, "_rollout_by_rows", lambda *given: calls.append(1) or by_rows(*given))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        expected = attention_map(low, images.to(weights), fuse=how)
+        assert not calls
+        monkeypatch.setattr(module, "ROWS", 4)
+        found = attention_map(low, images.to(weights), fuse=how)
+    assert calls
+    absolute, relative = (1e-6, 1e-5) if dtype == torch.float32 else (0.02, 0.02)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, atol=absolute, rtol=relative)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,6 +25,7 @@ from vit.model import VisionTransformer
 
 MEMORY = 2**29  # bytes of attention weights, or of what lrp keeps, to hold; a batch that needs more goes in parts
 GPU_MEMORY = 8  # times as much on a GPU, idle with few images; fixed, as the parts show in the last digits of a map
+ROWS = 256  # of the attention matrix at a time on a CPU: with six heads and 1,370 tokens the fastest of 64 to 512
 Target = int | Sequence[int] | Tensor  # a class for all images, or one for each
 
 
@@ -160,6 +161,26 @@ def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[T
     protect = 0 if model.pool == "token" else None
     logits, matrices = model.forward_attention(images, lambda weights: ask.matrix(weights, protect))
     return logits, rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
+
+
+@torch.no_grad()
+def _rollout_by_rows(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
+    # Blocks of rows, whose weights stay in a processor's cache until the heads are fused and the values multiplied.
+    x, matrices = model.embed(images), []
+    for i, block in enumerate(model.blocks, 1):
+        first = model.num_read if i == len(model.blocks) else None
+        q, k, v = (heads.contiguous() for heads in block.attn.heads(block.norm1(x), first))
+        attended = torch.empty_like(q, dtype=v.dtype)
+        matrix = q.new_empty(len(q), q.shape[2], k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for image, keys in enumerate(k.transpose(-2, -1)):
+            for start in range(0, q.shape[2], ROWS):
+                rows = slice(start, start + ROWS)
+                weights = (q[image, :, rows] * block.attn.scale @ keys).softmax(-1)
+                attended[image, :, rows] = weights.to(v.dtype) @ v[image]
+                matrix[image, rows] = fuse_heads(weights[None], ask.fuse)[0]
+        x = block.add(x[:, :first], block.attn.merge(attended))
+        matrices.append(matrix)
+    return model.forward_head(model.norm(x)), rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
 
 
 @torch.no_grad()
@@ -346,8 +367,12 @@ def attention_map(
     if not 0 <= discard < 1:
         raise ValueError(f"discard must be in [0, 1), got {discard}")
     grid = model.grid_of(images.shape[-2], images.shape[-1])
-    fused = method == "rollout" and fuse == "mean" and not discard and fusable(model, images)
-    way, function = ("fused", _fused_rollout) if fused else (method, METHODS[method])
+    way, function = method, METHODS[method]
+    if method == "rollout" and not discard:
+        if fuse == "mean" and fusable(model, images):
+            way, function = "fused", _fused_rollout
+        elif images.device.type == "cpu" and grid[0] * grid[1] > ROWS:
+            way, function = "by rows", _rollout_by_rows
     logits, maps = [], []
     with torch.inference_mode(False):  # class-specific methods need gradients, whatever the caller has switched off
         for part, ask in _parts(model, images, way, target, against, fuse=fuse, discard=discard):
@@ -415,14 +440,19 @@ def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int
     Args:
         model: The model.
         grid: Rows and columns of patches.
-        way: A method, or ``fused`` for rollout through the fused kernel.
+        way: A method, or for rollout ``fused``, through the fused kernel, and ``by rows``, in blocks of them.
     """
     heads, depth, width = model.architecture["num_heads"], len(model.blocks), model.architecture["embed_dim"]
     tokens = grid[0] * grid[1] + model.num_prefix_tokens
     # Numbers held of a token. Rows of matrices: scores and weights of the heads of a block; with gradients those of
     # every block. lrp runs through the fused kernel and keeps of every block what its rules need, 12 vectors with the
     # usual MLP: queries, keys, values before and after their norms, what is attended to, slopes.
-    held = {"relevance": 4 * heads * depth * tokens, "lrp": 12 * depth * width, "fused": 3 * depth * width}
+    held = {
+        "relevance": 4 * heads * depth * tokens,
+        "lrp": 12 * depth * width,
+        "fused": 3 * depth * width,
+        "by rows": 8 * width,
+    }
     matrices = 0 if way == "fused" else depth * tokens
     memory = MEMORY * GPU_MEMORY if model.pos_embed.is_cuda else MEMORY
     return max(1, memory // (4 * tokens * (held.get(way, 4 * heads * tokens) + matrices)))
