@@ -131,7 +131,7 @@ def killed(images: Path, kills: int, folder: Path) -> dict[str, object]:
                     time.sleep(0.001)
                 time.sleep(rng.random() * 0.02)  # somewhere inside a batch
                 process.kill()
-                if process.wait() == -signal.SIGKILL:
+                if process.wait() == -signal.SIGKILL and partial.exists():  # else: killed behind its last step
                     break
                 out.unlink()
             left = partial.read_bytes()
