@@ -38,6 +38,7 @@ def test_writes_where_its_name_says(path):
 def test_trains_a_step(path, tmp_path):
     overlay = "dataset" not in read(path).get("data", {})  # changes another config and is none by itself
     files = [ROOT / "configs/digits.yaml", path] if overlay else [path]
+    shallow = ["--model.depth=2"] if "depth" in read(files[0])["model"] else []  # a deep one compiles for long
     status = train.main(
         [
             "fit",
@@ -46,6 +47,7 @@ def test_trains_a_step(path, tmp_path):
             "--data.batch_size=8",
             "--data.image_size=null",  # the digits' own 8x8 pixels, which half of would be less than a patch
             "--model.resolution=[]",
+            *shallow,
             "--trainer.fast_dev_run=1",
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.accelerator=cpu",
