@@ -86,6 +86,8 @@ def test_timm_gets_what_it_needs_to_classify(tmp_path):
 def test_refuses_what_timm_has_not():
     with pytest.raises(CheckpointError, match="timm has no stem 'conv': use --format onnx"):
         export.to_timm(made(stem="conv")[0])
+    with pytest.raises(CheckpointError, match="timm's model has no rope: use --format onnx"):
+        export.to_timm(made(rope=True)[0])
     with pytest.raises(CheckpointError, match=r"timm cannot be told norm_eps 0\.001"):
         export.to_timm(made(norm_eps=1e-3)[0])
 
@@ -106,10 +108,8 @@ def test_damaged_part_of_ours_is_named(tmp_path):
 def exported(request, tmp_path_factory) -> tuple[VisionTransformer, Checkpoint, Path, dict[str, float]]:
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    model, about = made(
-        **VARIANTS[request.param],
-        **({"stem": "conv", "drop_path_rate": 0.1} if request.param.startswith("mean") else {}),
-    )
+    ours_alone: dict[str, Any] = {"stem": "conv", "drop_path_rate": 0.1, "rope": True}  # timm's class lacks these
+    model, about = made(**VARIANTS[request.param], **(ours_alone if request.param.startswith("mean") else {}))
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     return model, about, path, export.export_onnx(model, about, path)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 ROOT = Path(__file__).parent.parent
 SHAPES = {
     "class token": {"num_registers": 3, "image_size": (36, 36), "embed_dim": 64},
-    "mean": {"pool": "mean", "image_size": (32, 48), "embed_dim": 48, "qk_norm": True, "stem": "conv"},
+    "mean": {"pool": "mean", "image_size": (32, 48), "embed_dim": 48, "qk_norm": True, "stem": "conv", "rope": True},
     "mean, registers, one block": {"pool": "mean", "num_registers": 2, "image_size": 16, "embed_dim": 32, "depth": 1},
 }
 INTERPRETED = """

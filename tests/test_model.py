@@ -7,10 +7,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
+from timm.layers import RotaryEmbeddingDinoV3, apply_rot_embed_cat
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import vision_transformer as timm_vit
 
-from vit.model import Attention, VisionTransformer
+from vit.model import Attention, VisionTransformer, rotation, turned
 
 SMALL: dict[str, Any] = dict(image_size=(8, 12), patch_size=2, num_classes=5, embed_dim=32, depth=3, num_heads=4)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -21,7 +22,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "conv stem": {"stem": "conv"},
     "QK-norm, LayerScale": {"qk_norm": True, "init_values": 0.1},
     "no qkv bias, uneven patch": {"qkv_bias": False, "patch_size": (4, 2), "mlp_ratio": 2.5},
-    "everything": {"pool": "mean", "num_registers": 2, "stem": "conv", "qk_norm": True, "init_values": 0.1},
+    "rotary positions": {"rope": True, "num_registers": 1},
+    "everything": {
+        **{"pool": "mean", "num_registers": 2, "stem": "conv", "qk_norm": True, "init_values": 0.1, "rope": True},
+    },
 }
 
 
@@ -189,6 +193,32 @@ def test_images_of_a_batch_do_not_mix(arguments):
     torch.testing.assert_close(model(x)[2:3], model(x[2:3]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (3, 5), (1, 4)])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_turns_patches_like_timm(grid, prefix):
+    turns = rotation(grid, 16, prefix=prefix)
+    x = torch.randn(2, prefix + grid[0] * grid[1], 3, 16, dtype=torch.float64)
+    found = turned(x, turns)
+    theirs = RotaryEmbeddingDinoV3(16, feat_shape=list(grid)).double().get_embed()
+    expected = apply_rot_embed_cat(x[:, prefix:].transpose(1, 2), theirs, half=True).transpose(1, 2)
+    torch.testing.assert_close(found[:, prefix:], expected, atol=1e-5, rtol=0)  # timm's angles are in float32
+    torch.testing.assert_close(found[:, :prefix], x[:, :prefix], atol=0, rtol=0)
+
+
+def test_turned_queries_and_keys_meet_by_their_distance_alone():
+    """The same two vectors at other places, equally far apart, have the same product."""
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    turns = rotation((4, 6), 8)
+    products = turned(q.expand(1, 24, 1, 8), turns)[0, :, 0] @ turned(k.expand(1, 24, 1, 8), turns)[0, :, 0].T
+    products = products.view(4, 6, 4, 6)
+    for rows, columns in ((1, 0), (0, 2), (2, 3)):
+        pairs = torch.stack(
+            [products[y, x, y + rows, x + columns] for y in range(4 - rows) for x in range(6 - columns)]
+        )
+        torch.testing.assert_close(pairs, pairs[:1].expand_as(pairs))
+    assert products[0, 0].std() > 0.1
+
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +327,7 @@ def test_can_learn_four_images_by_heart():
         ({"image_size": 8, "patch_size": 16}, "image height 8 is not a multiple of patch size 16"),
         ({"image_size": 0, "patch_size": 4}, "image height 0 is not a multiple of patch size 4"),
         ({"embed_dim": 100, "num_heads": 3}, "embed_dim 100 is not a multiple of num_heads 3"),
+        ({"embed_dim": 20, "num_heads": 2, "rope": True}, "rope: a head's 10 numbers are not a multiple of 4"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"in_chans": -1}, "in_chans must be at least 1, got -1"),

@@ -33,6 +33,9 @@ SHAPES = [
     for pool in ("token", "mean")
     for registers in (0, 4)
     for size in ((16, 16), (8, 20))
+] + [
+    pytest.param(dict(pool="token", num_registers=1, image_size=(8, 20), rope=True), id="token-rope"),
+    pytest.param(dict(pool="mean", num_registers=2, image_size=(16, 16), rope=True), id="mean-rope"),
 ]
 
 
@@ -79,7 +82,7 @@ def attentions_of(model: VisionTransformer, images: Tensor) -> tuple[Tensor, lis
     model = double(model)
     x, attentions = model.embed(images.double()), []
     for block in model.blocks:
-        x, weights = block.explain(x)
+        x, weights = block.explain(x, turns=model.turns(images))
         attentions.append(weights)
     return model.forward_head(model.norm(x)), attentions
 
@@ -114,7 +117,7 @@ def reference_legrad(model: VisionTransformer, images: Tensor, target: Tensor) -
     total = torch.zeros((), dtype=torch.float64)
     x = model.embed(images.double())
     for block in model.blocks:
-        x, weights = block.explain(x)
+        x, weights = block.explain(x, turns=model.turns(images))
         score = model.forward_head(model.norm(x)).gather(1, target[:, None]).sum()
         total = total + torch.autograd.grad(score, weights, retain_graph=True)[0].clamp_min(0).mean(1).mean(1)
     return as_map(model, total)
@@ -136,10 +139,20 @@ def norm_rule(norm: Any, x: Tensor, r: Tensor, y: Tensor | None = None) -> Tenso
     return x * ((r / (norm(x) if y is None else y) * norm.weight / deviation) @ centre)
 
 
-def attention_rule(attn: Any, x: Tensor, r: Tensor) -> Tensor:
+def turn_matrices(turns: Tensor | None, tokens: int, size: int) -> Tensor:
+    """The rotation of each token as a matrix (N, d, d)."""
+    if turns is None:
+        return torch.eye(size, dtype=torch.float64).expand(tokens, -1, -1)
+    cos, sin = (part[:, 0, : size // 2].diag_embed() for part in turns)
+    return torch.cat([torch.cat([cos, -sin], 2), torch.cat([sin, cos], 2)], 1)
+
+
+def attention_rule(attn: Any, x: Tensor, r: Tensor, turns: Tensor | None) -> Tensor:
     B, N, D = x.shape
     raw = attn.qkv(x).view(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = attn.q_norm(raw[0]), attn.k_norm(raw[1]), raw[2]
+    matrices = turn_matrices(turns, N, D // attn.num_heads)
+    normed_q, normed_k, v = attn.q_norm(raw[0]), attn.k_norm(raw[1]), raw[2]
+    q, k = (torch.einsum("nij,bhnj->bhni", matrices, normed) for normed in (normed_q, normed_k))
     scores = q @ k.transpose(-2, -1) * attn.scale
     weights = scores.softmax(-1)
     mixed = weights @ v
@@ -148,15 +161,17 @@ def attention_rule(attn: Any, x: Tensor, r: Tensor) -> Tensor:
     r_weights = weights * (r / mixed @ v.transpose(-2, -1)) / 2
     r_v = v * (weights.transpose(-2, -1) @ (r / mixed)) / 2
     r_scores = scores * (r_weights - weights * r_weights.sum(-1, keepdim=True))
-    r_q = norm_rule(attn.q_norm, raw[0], q * (r_scores / scores @ k) * attn.scale / 2)
-    r_k = norm_rule(attn.k_norm, raw[1], k * ((r_scores / scores).transpose(-2, -1) @ q) * attn.scale / 2)
+    # A turn is a linear map: what a number after it has been given goes back by its part in it.
+    by_q, by_k = r_scores / scores @ k, (r_scores / scores).transpose(-2, -1) @ q
+    by_q, by_k = (torch.einsum("nij,bhni->bhnj", matrices, by) * attn.scale / 2 for by in (by_q, by_k))
+    r_q, r_k = norm_rule(attn.q_norm, raw[0], normed_q * by_q), norm_rule(attn.k_norm, raw[1], normed_k * by_k)
     r_qkv = torch.stack([r_q, r_k, r_v]).permute(1, 3, 0, 2, 4).reshape(B, N, 3 * D)
     return linear_rule(x, attn.qkv.weight, attn.qkv(x), r_qkv)
 
 
-def block_rule(block: Any, x: Tensor, r: Tensor) -> Tensor:
+def block_rule(block: Any, x: Tensor, r: Tensor, turns: Tensor | None) -> Tensor:
     normed = block.norm1(x)
-    attended = block.attn(normed)
+    attended = block.attn(normed, turns=turns)
     middle = x + block.ls1(attended)
     normed2 = block.norm2(middle)
     hidden, added = block.mlp.fc1(normed2), block.mlp(normed2)
@@ -165,7 +180,7 @@ def block_rule(block: Any, x: Tensor, r: Tensor) -> Tensor:
     r_branch = linear_rule(block.mlp.act(hidden), block.mlp.fc2.weight, added, r * block.ls2(added) / out)
     r_branch = linear_rule(normed2, block.mlp.fc1.weight, hidden, r_branch)
     r = r * middle / out + norm_rule(block.norm2, middle, r_branch)
-    r_branch = attention_rule(block.attn, normed, r * block.ls1(attended) / middle)
+    r_branch = attention_rule(block.attn, normed, r * block.ls1(attended) / middle, turns)
     return r * x / middle + norm_rule(block.norm1, x, r_branch)
 
 
@@ -178,11 +193,11 @@ def reference_lrp(model: VisionTransformer, images: Tensor, target: Tensor) -> T
 @torch.no_grad()
 def reference_token_relevance(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
     """What each number that enters the first block (B, N, D) has brought to the logit; the model is in float64."""
-    x = model.embed(images.double())
+    x, turns = model.embed(images.double()), model.turns(images)
     inputs = []
     for block in model.blocks:
         inputs.append(x)
-        x = block(x)
+        x = block(x, turns=turns)
     normed, first = model.norm(x), model.num_prefix_tokens
     pooled = normed[:, 0] if model.pool == "token" else normed[:, first:].mean(1)
     logits = model.head(model.fc_norm(pooled))
@@ -195,7 +210,7 @@ def reference_token_relevance(model: VisionTransformer, images: Tensor, target: 
         tokens[:, first:] = normed[:, first:] / (normed.shape[1] - first) * (r / pooled)[:, None]
     r = norm_rule(model.norm, x, tokens)
     for block, x in zip(reversed(model.blocks), reversed(inputs), strict=True):
-        r = block_rule(block, x, r)
+        r = block_rule(block, x, r, turns)
     return r
 
 
@@ -301,7 +316,7 @@ def test_lrp_is_the_same_through_the_fused_kernel_and_through_products(pool, mon
     model = build(pool=pool, qk_norm=True, image_size=(16, 16))
     images = images_for(model)
     _, fused = pixel_relevance(model, images, target=2)
-    monkeypatch.setattr(Attention, "forward", lambda attn, x, first=None: attn.explain(x, first)[0])
+    monkeypatch.setattr(Attention, "forward", lambda attn, *args: attn.explain(*args)[0])
     _, found = pixel_relevance(model, images, target=2)
     torch.testing.assert_close(found, fused, atol=1e-4 * float(fused.abs().max()), rtol=1e-4)
 

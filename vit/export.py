@@ -41,6 +41,8 @@ def to_timm(model: VisionTransformer) -> nn.Module:
     a = model.architecture
     if a["stem"] != "linear":
         raise CheckpointError(f"timm has no stem {a['stem']!r}: use --format onnx, or train with --model.stem linear")
+    if a["rope"]:
+        raise CheckpointError("timm's model has no rope: use --format onnx, or train with --model.rope false")
     if a["norm_eps"] not in TIMM_BASE:
         raise CheckpointError(f"timm cannot be told norm_eps {a['norm_eps']}, only {', '.join(map(str, TIMM_BASE))}")
     same = (

@@ -4,7 +4,8 @@ Names and state-dict keys are timm's, so weights move between the two with ``loa
 Shapes in comments: B batch, N tokens, D embed, h heads, d = D / h.
 Sources: Vaswani et al. 2017 (1706.03762), Dosovitskiy et al. 2020 (2010.11929); registers: Darcet et al. 2023
 (2309.16588); QK-norm: Dehghani et al. 2023 (2302.05442); LayerScale: Touvron et al. 2021 (2103.17239); convolutional
-stem: Xiao et al. 2021 (2106.14881).
+stem: Xiao et al. 2021 (2106.14881); rotary positions: Su et al. 2021 (2104.09864), of two axes Heo et al. 2024
+(2403.13298).
 """
 
 import math
@@ -85,6 +86,32 @@ def whitening(outputs: int, channels: int, height: int, width: int) -> Tensor:
     return filters
 
 
+def rotation(grid: tuple[int, int], size: int, *, prefix: int = 0) -> Tensor:
+    """Cosine and sine (2, prefix + rows * columns, 1, size) of the angles by which a head's numbers are turned.
+
+    Each pair of numbers is turned by an angle that grows with the row of its patch, or with the column (2403.13298,
+    section 3.2): a query and a key then meet at an angle that tells how far apart their patches lie. Both axes run from
+    -1 to 1, whatever the number of patches, and a whole turn takes 1 to 100 of that, as in DINOv3 (2508.10104).
+
+    Args:
+        grid: Rows and columns of patches.
+        size: Numbers of a head, a multiple of 4.
+        prefix: Tokens before the patches, which are not turned.
+    """
+    frequencies = 2 * math.pi * 100 ** (-torch.arange(0, 1, 4 / size, dtype=torch.float64))
+    places = ((torch.arange(n, dtype=torch.float64) * 2 + 1) / n - 1 for n in grid)
+    rows, columns = torch.meshgrid(*places, indexing="ij")
+    angles = torch.cat([axis.reshape(-1, 1) * frequencies for axis in (rows, columns)], 1)  # (patches, size / 2)
+    angles = F.pad(angles, (0, 0, prefix, 0)).repeat(1, 2)[:, None]
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """Queries or keys (B, N, h, d), their two halves taken as pairs, turned by ``rotation`` (2104.09864, eq. 34)."""
+    first, second = x.chunk(2, -1)
+    return (x * turns[0] + torch.cat([-second, first], -1) * turns[1]).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: every token asks all tokens and takes the weighted sum of their values.
 
@@ -103,30 +130,38 @@ class Attention(nn.Module):
         self.k_norm = LayerNorm(embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def heads(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the first tokens, or all, and keys and values of all tokens, for each head."""
+    def heads(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first tokens, or all, and keys and values of all tokens, for each head.
+
+        Args:
+            x: Tokens (B, N, D).
+            first: How many of the tokens ask, the first; none for all.
+            turns: ``rotation`` of the tokens' positions, by which queries and keys are turned; none for no turn.
+        """
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).unbind(2)  # (B, N, h, d)
         # Heads come forward after the norms, which write anew: a GPU's kernel lays its output out like the queries, and
         # so leaves the heads of a token side by side, where merge needs them.
         q, k = self.q_norm(q[:, :first]), self.k_norm(k)
+        if turns is not None:
+            q, k = turned(q, turns[:, :first]), turned(k, turns)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, h, first or N, d), (B, h, N, d) twice
 
     def merge(self, x: Tensor) -> Tensor:
         """Heads side by side again, through the output projection."""
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
-    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> Tensor:
         """What the first tokens, or all, take from all tokens: (B, first or N, D) from (B, N, D)."""
         bits16 = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
         if bits16 and x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS:
-            return self.explain(x, first)[0]
-        q, k, v = self.heads(x, first)
+            return self.explain(x, first, turns)[0]
+        q, k, v = self.heads(x, first, turns)
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
-    def explain(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
+    def explain(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``forward``, and the weights it is computed from: what each token (row) takes from every other (column)."""
-        q, k, v = self.heads(x, first)
+        q, k, v = self.heads(x, first, turns)
         k = k.contiguous()  # before it is transposed: the product would copy it element by element
         weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, first or N, N), rows sum to 1
         return self.merge(weights.to(v.dtype) @ v), weights
@@ -221,13 +256,13 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(embed_dim, init_values)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> Tensor:
         """The first tokens, or all, after this block: (B, first or N, D) from (B, N, D)."""
-        return self.add(x[:, :first], self.attn(self.norm1(x), first))
+        return self.add(x[:, :first], self.attn(self.norm1(x), first, turns))
 
-    def explain(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
+    def explain(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``forward`` and the attention weights (B, h, first or N, N) it came from."""
-        attended, weights = self.attn.explain(self.norm1(x), first)
+        attended, weights = self.attn.explain(self.norm1(x), first, turns)
         return self.add(x[:, :first], attended), weights
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -260,6 +295,7 @@ class VisionTransformer(nn.Module):
         norm_after_pool: Whether the last norm follows the pooling; none: for a mean, not for a class token.
         act: Non-linearity of the MLP: ``gelu``, its ``gelu_tanh`` approximation (SigLIP) or ``quick_gelu`` (CLIP).
         norm_eps: Added to the variance in every norm.
+        rope: Whether queries and keys are also turned by the row and column of their patch (needs heads of 4, 8, ...).
 
     Raises:
         ValueError: If sizes do not divide or a number is out of range; both numbers are named.
@@ -288,6 +324,7 @@ class VisionTransformer(nn.Module):
         norm_after_pool: bool | None = None,
         act: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu",
         norm_eps: float = LAYER_NORM_EPS,
+        rope: bool = False,
     ):
         # Everything needed to build this model again; goes into the checkpoint as it is.
         self.architecture: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -342,6 +379,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"mlp_ratio {a['mlp_ratio']} times embed_dim {a['embed_dim']} is less than one unit")
         if a["embed_dim"] % a["num_heads"]:
             raise ValueError(f"embed_dim {a['embed_dim']} is not a multiple of num_heads {a['num_heads']}")
+        if a["rope"] and a["embed_dim"] // a["num_heads"] % 4:
+            raise ValueError(f"rope: a head's {a['embed_dim'] // a['num_heads']} numbers are not a multiple of 4")
         if not 0 <= a["drop_path_rate"] < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {a['drop_path_rate']}")
         if not a["norm_eps"] > 0:
@@ -393,6 +432,14 @@ class VisionTransformer(nn.Module):
         patches = F.interpolate(patches.float(), grid, mode="bicubic", antialias=True)
         return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
+    def turns(self, images: Tensor) -> Tensor | None:
+        """What the blocks need beside the tokens of ``embed``: ``rotation`` of their positions; none without rope."""
+        if not self.architecture["rope"]:
+            return None
+        grid = self.grid_of(images.shape[2], images.shape[3])
+        size = self.architecture["embed_dim"] // self.architecture["num_heads"]
+        return rotation(grid, size, prefix=self.num_prefix_tokens).to(self.pos_embed.device, self.pos_embed.dtype)
+
     def embed(self, images: Tensor) -> Tensor:
         """Tokens that enter the first block: class token, registers, then patches row by row."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -407,9 +454,9 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, N, D) after the last block, prefix tokens first."""
-        x = self.embed(images)
+        x, turns = self.embed(images), self.turns(images)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, turns=turns)
         return self.norm(x)
 
     @property
@@ -428,11 +475,11 @@ class VisionTransformer(nn.Module):
         H and W may differ from ``image_size`` if they are multiples of the patch size: the position embedding is
         resampled.
         """
-        x = self.embed(images)
+        x, turns = self.embed(images), self.turns(images)
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x)
-        return self.forward_head(self.norm(last(x, self.num_read)))
+            x = block(x, turns=turns)
+        return self.forward_head(self.norm(last(x, self.num_read, turns)))
 
     def forward_attention(self, images: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and what ``keep`` makes of each block's attention weights (B, h, N, N), first block first.
@@ -441,8 +488,8 @@ class VisionTransformer(nn.Module):
         Blocks are reduced as they go by (heads fused, say), so that at no time more than one block's heads are held.
         The logits come from these very weights: gradients of logits with respect to them are defined.
         """
-        x, kept = self.embed(images), []
+        x, turns, kept = self.embed(images), self.turns(images), []
         for i, block in enumerate(self.blocks, 1):
-            x, weights = block.explain(x, self.num_read if i == len(self.blocks) else None)
+            x, weights = block.explain(x, self.num_read if i == len(self.blocks) else None, turns)
             kept.append(keep(weights))
         return self.forward_head(self.norm(x)), kept
