@@ -143,6 +143,8 @@ class TrainCLI(LightningCLI):
                 raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last")
             load_checkpoint(path)
         if subcommand != "fit":  # which has today's settings: those of the command
+            if path is not None:
+                leave_out(ARCHITECTURE, config["model"])  # older files lack some, whose defaults then hold
             super()._parse_ckpt_path()
             config = self.config[subcommand]
             if path is not None and config["model"]["pretrained"]:  # that may be gone; all is in the checkpoint
@@ -170,6 +172,8 @@ class TrainCLI(LightningCLI):
         """One run in a folder: an earlier one is put aside, one that has ended is not started again by a loop."""
         root, path = Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path")
         last, exported = root / "last.ckpt", root / "model.safetensors"
+        if len(names := self.model.class_names) <= 5 and self._get(self.config, "checkpoint.monitor") == "val/acc5":
+            raise ValueError(f"checkpoint: monitor val/acc5 is not measured of {len(names)} classes; give val/acc")
         if path is None or (path == "last" and not last.exists()):
             start, results = self.model.pretrained, [(root / name).resolve() for name in RESULTS]
             if start and Path(start).resolve() in results:

@@ -38,6 +38,7 @@ CHANGES: dict[str, tuple[float, list[str]]] = {
     RANDOM: (1, []),
     "class token instead of mean pooling": (1, ["--model.pool=token"]),
     "no QK-norm": (1, ["--model.qk_norm=false"]),
+    "no rotary positions": (1, ["--model.rope=false"]),
     "batches of 512 instead of 128": (0.25, ["--data.batch_size=512"]),
     "moving average of the weights, 0.99": (1, [f"--trainer.callbacks+={EMA}", "--trainer.callbacks.decay=0.99"]),
     "label smoothing 0.1": (1, ["--model.label_smoothing=0.1"]),

@@ -235,7 +235,7 @@ def worker_batches(folder: Path, size: Any, batch: int, workers: int, device: to
 
 
 def timm_model(model: Any, side: tuple[int, int]) -> nn.Module:
-    """timm's model of the same size, with its own patch embedding: it has no convolutional stem."""
+    """timm's model of the same size, with its own patch embedding: it has no convolutional stem, nor our ``rope``."""
     a = model.architecture
     return TimmVisionTransformer(
         img_size=side,

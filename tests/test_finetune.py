@@ -53,9 +53,11 @@ def test_stochastic_depth_is_what_this_training_asks_for(pretrained):
 
 
 def test_what_contradicts_the_file_is_refused(pretrained):
-    with pytest.raises(ValueError, match=r"has depth 3, not 5; leave model.depth out"):
+    with pytest.raises(ValueError, match=r"has depth 3; give --model.depth 3 or none, not 5"):
         ViTClassifier(**DATA, pretrained=str(pretrained), depth=5)
-    with pytest.raises(ValueError, match=r"has stem conv, not linear; leave model.stem out"):  # though a default
+    with pytest.raises(
+        ValueError, match=r"has stem conv; give --model.stem conv or none, not linear"
+    ):  # though a default
         ViTClassifier(**DATA, pretrained=str(pretrained), stem="linear")
     with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\], got 0"):
         ViTClassifier(**DATA, pretrained=str(pretrained), layer_decay=0)

@@ -182,7 +182,7 @@ def test_token_stands_for_its_cell(stem):
     for row, column in ((0, 0), (1, 4), (3, 5)):
         changed = x.clone()
         changed[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = torch.randn(4, 4)
-        moved = (model.embed(changed) - model.embed(x))[0, 1:].norm(dim=-1)  # after the class token
+        moved = (model.embed(changed)[0] - model.embed(x)[0])[0, 1:].norm(dim=-1)  # after the class token
         assert moved.argmax().item() == row * 6 + column
 
 
@@ -194,21 +194,30 @@ def test_images_of_a_batch_do_not_mix(arguments):
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (3, 5), (1, 4)])
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_turns_patches_like_timm(grid, prefix):
-    turns = rotation(grid, 16, prefix=prefix)
-    x = torch.randn(2, prefix + grid[0] * grid[1], 3, 16, dtype=torch.float64)
-    found = turned(x, turns)
-    theirs = RotaryEmbeddingDinoV3(16, feat_shape=list(grid)).double().get_embed()
+@pytest.mark.parametrize(("size", "prefix"), [(16, 0), (16, 2), (196, 1)])
+def test_turns_patches_like_timm(grid, size, prefix):
+    turns = rotation(grid, size, prefix=prefix)
+    x = torch.randn(2, prefix + grid[0] * grid[1], 3, size, dtype=torch.float64)
+    found = turned(x, turns.double())
+    theirs = RotaryEmbeddingDinoV3(size, feat_shape=list(grid)).double().get_embed()
     expected = apply_rot_embed_cat(x[:, prefix:].transpose(1, 2), theirs, half=True).transpose(1, 2)
     torch.testing.assert_close(found[:, prefix:], expected, atol=1e-5, rtol=0)  # timm's angles are in float32
     torch.testing.assert_close(found[:, :prefix], x[:, :prefix], atol=0, rtol=0)
 
 
+def test_turns_are_made_where_the_model_is():
+    with torch.device("meta"):  # stands for a GPU, which would wait for numbers from elsewhere
+        model = VisionTransformer(**SMALL, rope=True)
+    turns = model.turns((2, 3))
+    assert turns is not None
+    assert turns.is_meta
+    assert small().turns((2, 3)) is None
+
+
 def test_turned_queries_and_keys_meet_by_their_distance_alone():
     """The same two vectors at other places, equally far apart, have the same product."""
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    turns = rotation((4, 6), 8)
+    turns = rotation((4, 6), 8, dtype=torch.float64)
     products = turned(q.expand(1, 24, 1, 8), turns)[0, :, 0] @ turned(k.expand(1, 24, 1, 8), turns)[0, :, 0].T
     products = products.view(4, 6, 4, 6)
     for rows, columns in ((1, 0), (0, 2), (2, 3)):
@@ -227,12 +236,12 @@ def test_turned_queries_and_keys_meet_by_their_distance_alone():
 def test_weights_times_values_equals_fused_attention(qk_norm, tokens):
     attention = Attention(embed_dim=24, num_heads=3, qkv_bias=True, qk_norm=qk_norm)
     x = 3 * torch.randn(2, tokens, 24)
-    q, k, v = attention.heads(x)
-    output, weights = attention.explain(x)
+    q, k, v = attention.heads(x, None)
+    output, weights = attention.explain(x, None)
     assert weights.shape == (2, 3, tokens, tokens)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, tokens))
     torch.testing.assert_close(weights @ v, F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(output, attention(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output, attention(x, None), atol=1e-5, rtol=1e-5)
 
 
 @variants
@@ -244,7 +253,10 @@ def test_forward_attention_equals_forward(arguments):
     tokens = model.num_prefix_tokens + model.grid_size[0] * model.grid_size[1]
     rows = 1 if model.pool == "token" else tokens
     assert [weights.shape for weights in kept] == [(3, 4, tokens, tokens)] * 2 + [(3, 4, rows, tokens)]
-    torch.testing.assert_close(logits, model.forward_head(model.forward_features(x)), atol=1e-5, rtol=0)
+    tokens, turns = model.embed(x)
+    for block in model.blocks:
+        tokens = block(tokens, turns)  # the last one whole, too
+    torch.testing.assert_close(logits, model.forward_head(model.norm(tokens)), atol=1e-5, rtol=0)
 
 
 def test_forward_attention_keeps_what_it_is_asked_to_in_order():
@@ -252,10 +264,10 @@ def test_forward_attention_keeps_what_it_is_asked_to_in_order():
     x = images(model)
     with torch.no_grad():
         _, means = model.forward_attention(x, lambda weights: weights.mean(1))
-        tokens = model.embed(x)
+        tokens, turns = model.embed(x)
         for block, mean in zip(model.blocks, means, strict=True):
-            torch.testing.assert_close(mean, block.explain(tokens)[1].mean(1)[:, : mean.shape[1]])
-            tokens = block(tokens)
+            torch.testing.assert_close(mean, block.explain(tokens, turns)[1].mean(1)[:, : mean.shape[1]])
+            tokens = block(tokens, turns)
 
 
 def test_logits_depend_on_the_kept_weights():
@@ -281,11 +293,11 @@ def test_stochastic_depth_drops_whole_branches_in_training_only():
     model = small(drop_path_rate=0.5, depth=2)
     block, x = model.blocks[1], torch.randn(400, 3, 32)
     with torch.no_grad():
-        changed = (block.train()(x) - x).abs().amax(dim=(1, 2)) > 0  # unless both branches are dropped: 1 - 0.5²
+        changed = (block.train()(x, None) - x).abs().amax(dim=(1, 2)) > 0  # unless both branches are dropped: 1 - 0.5²
         assert changed.float().mean().item() == pytest.approx(0.75, abs=0.08)
         block.eval()
-        torch.testing.assert_close(block(x[:2]), block(x[:2]), atol=0, rtol=0)
-        assert ((block(x) - x).abs().amax(dim=(1, 2)) > 0).all()
+        torch.testing.assert_close(block(x[:2], None), block(x[:2], None), atol=0, rtol=0)
+        assert ((block(x, None) - x).abs().amax(dim=(1, 2)) > 0).all()
 
 
 def test_stochastic_depth_keeps_the_expectation():
@@ -294,8 +306,8 @@ def test_stochastic_depth_keeps_the_expectation():
     with torch.no_grad():
         block.mlp.fc2.weight.zero_()
         block.mlp.fc2.bias.zero_()
-        expected = block.eval()(x)
-        mean = block.train()(x.expand(20_000, -1, -1)).mean(0, keepdim=True)
+        expected = block.eval()(x, None)
+        mean = block.train()(x.expand(20_000, -1, -1), None).mean(0, keepdim=True)
     torch.testing.assert_close(mean, expected, atol=0.03, rtol=0)
 
 

@@ -80,9 +80,9 @@ def double(model: VisionTransformer) -> VisionTransformer:
 def attentions_of(model: VisionTransformer, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """All rows of all layers, though of the last one only those that are pooled are ever read."""
     model = double(model)
-    x, attentions = model.embed(images.double()), []
+    (x, turns), attentions = model.embed(images.double()), []
     for block in model.blocks:
-        x, weights = block.explain(x, turns=model.turns(images))
+        x, weights = block.explain(x, turns)
         attentions.append(weights)
     return model.forward_head(model.norm(x)), attentions
 
@@ -115,9 +115,9 @@ def reference_legrad(model: VisionTransformer, images: Tensor, target: Tensor) -
     """One graph through all layers, in which a layer's score has its gradient taken for its own weights only."""
     model = double(model)
     total = torch.zeros((), dtype=torch.float64)
-    x = model.embed(images.double())
+    x, turns = model.embed(images.double())
     for block in model.blocks:
-        x, weights = block.explain(x, turns=model.turns(images))
+        x, weights = block.explain(x, turns)
         score = model.forward_head(model.norm(x)).gather(1, target[:, None]).sum()
         total = total + torch.autograd.grad(score, weights, retain_graph=True)[0].clamp_min(0).mean(1).mean(1)
     return as_map(model, total)
@@ -171,7 +171,7 @@ def attention_rule(attn: Any, x: Tensor, r: Tensor, turns: Tensor | None) -> Ten
 
 def block_rule(block: Any, x: Tensor, r: Tensor, turns: Tensor | None) -> Tensor:
     normed = block.norm1(x)
-    attended = block.attn(normed, turns=turns)
+    attended = block.attn(normed, turns)
     middle = x + block.ls1(attended)
     normed2 = block.norm2(middle)
     hidden, added = block.mlp.fc1(normed2), block.mlp(normed2)
@@ -193,11 +193,11 @@ def reference_lrp(model: VisionTransformer, images: Tensor, target: Tensor) -> T
 @torch.no_grad()
 def reference_token_relevance(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
     """What each number that enters the first block (B, N, D) has brought to the logit; the model is in float64."""
-    x, turns = model.embed(images.double()), model.turns(images)
+    x, turns = model.embed(images.double())
     inputs = []
     for block in model.blocks:
         inputs.append(x)
-        x = block(x, turns=turns)
+        x = block(x, turns)
     normed, first = model.norm(x), model.num_prefix_tokens
     pooled = normed[:, 0] if model.pool == "token" else normed[:, first:].mean(1)
     logits = model.head(model.fc_norm(pooled))

@@ -126,6 +126,17 @@ def test_model_file_says_what_it_is(fitted):
     assert json.dumps(about.training)
 
 
+def test_a_checkpoint_that_knows_nothing_of_an_option_has_its_default(fitted, tmp_path, capfd):
+    """Rotary positions have no weights, so nothing else would tell."""
+    path, rope = fitted / "best.ckpt", "--model.rope=true"
+    assert "rope" not in torch.load(path, weights_only=True)["vit"]["architecture"]  # so that older versions read it
+    for root, *more in ((tmp_path / "without",), (tmp_path / "asked", rope)):
+        assert run("test", root, f"--ckpt_path={path}", *more) == 0
+    assert table(tmp_path / "without/test") == table(tmp_path / "asked/test")
+    assert run("fit", tmp_path / "on", f"--ckpt_path={path}", rope, "--trainer.max_epochs=3") == 2
+    assert "the checkpoint's model has rope False, this one True; a new run" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["test", "validate"])
 @pytest.mark.parametrize("checkpoint", ["best", "path"])
 def test_measuring_the_best_weights(fitted, tmp_path, capsys, command, checkpoint):
@@ -379,7 +390,9 @@ def test_a_run_from_pretrained_weights_needs_them_once(fitted, tmp_path, capfd):
         assert train.main(["fit", *tuned, f"--model.pretrained={root / name}"]) == 2
         assert f"{name}: a new run in {root} moves it to {root / 'previous'}" in capfd.readouterr().err
     assert train.main(["fit", *tuned, f"--model.pretrained={root / 'best.ckpt'}", "--model.pool=token"]) == 2
-    assert "best.ckpt: has pool mean, not token; leave model.pool out" in capfd.readouterr().err  # though a default
+    assert (
+        "best.ckpt: has pool mean; give --model.pool mean or none, not token" in capfd.readouterr().err
+    )  # though a default
     assert train.main(["fit", *tuned, "--model.pretrained=cifar10"]) == 0
     assert (root / "previous" / "test" / "metrics.csv").exists()
     assert not (root / "test").exists()
@@ -435,6 +448,8 @@ def test_classes_of_different_size(tmp_path, capfd):
     metrics = load_checkpoint(root / "model.safetensors")[1].metrics
     assert metrics["val/balanced_acc"] == pytest.approx(best["val/balanced_acc"], abs=1e-6)
     assert "val/acc5" not in metrics
+    assert run("fit", tmp_path / "5", *data, "--checkpoint.monitor=val/acc5") == 2
+    assert "monitor val/acc5 is not measured of 3 classes; give val/acc" in capfd.readouterr().err
     assert run("test", root, *data, "--ckpt_path=best") == 0
     printed = capfd.readouterr().out
     with open(root / "test" / "confusion.csv", newline="") as file:

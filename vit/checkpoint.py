@@ -106,8 +106,11 @@ def save_checkpoint(
 def describe(about: Checkpoint) -> dict[str, Any]:
     """The description as plain data, as both kinds of checkpoint hold it."""
     described = {"format_version": FORMAT_VERSION, **asdict(about)}
-    if described["preprocess"]["white"] is None:  # so that versions that do not know it read all other files
+    # So that versions that do not know these read all files without them.
+    if described["preprocess"]["white"] is None:
         del described["preprocess"]["white"]
+    if not described["architecture"].get("rope"):
+        described["architecture"].pop("rope", None)
     return described
 
 

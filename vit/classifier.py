@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -245,8 +246,9 @@ class ViTClassifier(LightningModule):
         if not first <= self.global_step <= first + steps:  # the learning rate would end too early, or never
             raise ValueError(
                 f"step {self.global_step} of epoch {trainer.current_epoch} cannot go on with epochs of {steps} steps: "
-                "keep data.batch_size x devices x trainer.accumulate_grad_batches, and the images, as they were, or "
-                "begin a new run from the weights (--model.pretrained)"
+                "keep data.batch_size x devices x trainer.accumulate_grad_batches, and the images, as they were (where "
+                "batches do not come out even, by --trainer.limit_train_batches), or begin a new run from the weights "
+                "(--model.pretrained)"
             )
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
@@ -311,7 +313,10 @@ class ViTClassifier(LightningModule):
     def refuse_other(self, theirs: dict[str, Any]) -> None:
         """Refuse the description of a checkpoint whose weights are not for this model, its classes or its images."""
         ours = {**self.vit.architecture, "class_names": self.class_names}
-        for name, value in {**theirs["architecture"], "class_names": theirs["class_names"]}.items():
+        before = {
+            name: p.default for name, p in signature(VisionTransformer).parameters.items()
+        }  # older files lack some
+        for name, value in {**before, **theirs["architecture"], "class_names": theirs["class_names"]}.items():
             if ours[name] != value:
                 raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
         if (white := theirs["preprocess"].get("white")) != self.preprocess.white:

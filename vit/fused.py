@@ -30,17 +30,17 @@ def fused_rollout(model: VisionTransformer, images: Tensor, start: Tensor) -> tu
         images: Normalised images (B, in_chans, H, W).
         start: Weight of each token in what is classified (N,).
     """
-    x, turns, kept = model.embed(images), model.turns(images), []
+    (x, turns), kept = model.embed(images), []
     *blocks, last = model.blocks
     for block in blocks if model.num_read else model.blocks:
-        q, k, v = block.attn.heads(block.norm1(x), turns=turns)
+        q, k, v = block.attn.heads(block.norm1(x), turns)
         q, k = q.to(v.dtype), k.to(v.dtype)  # which their norms, under autocast, made float32
         attended, lse = attend(q, k, v)
         x = block.add(x, block.attn.merge(attended))
         kept.append((q, k, lse))
     row = start.float().expand(len(images), -1)
     if model.num_read:  # of whose matrix few rows are needed
-        x, weights = last.explain(x, model.num_read, turns)
+        x, weights = last.explain(x, turns, model.num_read)
         row = rollout([fuse_heads(weights)], row[:, : model.num_read])
     for q, k, lse in reversed(kept):
         row = step(row, q, k, lse)

@@ -1,6 +1,7 @@
 """The vision transformer, in one file and bottom-up: patches, attention, block, model.
 
-Names and state-dict keys are timm's, so weights move between the two with ``load_state_dict(strict=True)``.
+Names and state-dict keys are timm's, so weights move between the two with ``load_state_dict(strict=True)`` (not those
+trained with ``rope``, which has no weights of its own: timm's class would take them and compute something else).
 Shapes in comments: B batch, N tokens, D embed, h heads, d = D / h.
 Sources: Vaswani et al. 2017 (1706.03762), Dosovitskiy et al. 2020 (2010.11929); registers: Darcet et al. 2023
 (2309.16588); QK-norm: Dehghani et al. 2023 (2302.05442); LayerScale: Touvron et al. 2021 (2103.17239); convolutional
@@ -40,7 +41,16 @@ class PatchEmbed(nn.Module):
     ``whitening``.
     """
 
-    def __init__(self, *, patch_size: tuple[int, int], in_chans: int, embed_dim: int, stem: str, bias: bool = True):
+    def __init__(
+        self,
+        *,
+        patch_size: tuple[int, int],
+        in_chans: int,
+        embed_dim: int,
+        stem: str,
+        bias: bool = True,
+        norm_eps: float = LAYER_NORM_EPS,
+    ):
         super().__init__()
         self.patch_size = patch_size
         if stem == "linear":
@@ -50,8 +60,8 @@ class PatchEmbed(nn.Module):
             first, second = (rows, columns), (patch_size[0] // rows, patch_size[1] // columns)
             widths = max(1, embed_dim // 4), max(1, embed_dim // 2)
             self.proj = nn.Sequential(
-                *(self._conv(in_chans, widths[0], (1, 1)), LayerNorm2d(widths[0]), nn.GELU()),
-                *(self._conv(widths[0], widths[1], first), LayerNorm2d(widths[1]), nn.GELU()),
+                *(self._conv(in_chans, widths[0], (1, 1)), LayerNorm2d(widths[0], norm_eps), nn.GELU()),
+                *(self._conv(widths[0], widths[1], first), LayerNorm2d(widths[1], norm_eps), nn.GELU()),
                 self._conv(widths[1], embed_dim, second),
             )
 
@@ -86,7 +96,14 @@ def whitening(outputs: int, channels: int, height: int, width: int) -> Tensor:
     return filters
 
 
-def rotation(grid: tuple[int, int], size: int, *, prefix: int = 0) -> Tensor:
+def rotation(
+    grid: tuple[int, int],
+    size: int,
+    *,
+    prefix: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
     """Cosine and sine (2, prefix + rows * columns, 1, size) of the angles by which a head's numbers are turned.
 
     Each pair of numbers is turned by an angle that grows with the row of its patch, or with the column (2403.13298,
@@ -97,9 +114,12 @@ def rotation(grid: tuple[int, int], size: int, *, prefix: int = 0) -> Tensor:
         grid: Rows and columns of patches.
         size: Numbers of a head, a multiple of 4.
         prefix: Tokens before the patches, which are not turned.
+        dtype: Type of the result.
+        device: Where it is made: a GPU would wait for numbers from elsewhere.
     """
-    frequencies = 2 * math.pi * 100 ** (-torch.arange(0, 1, 4 / size, dtype=torch.float64))
-    places = ((torch.arange(n, dtype=torch.float64) * 2 + 1) / n - 1 for n in grid)
+    quarter, *places = (torch.arange(n, dtype=dtype, device=device) for n in (size // 4, *grid))
+    frequencies = 2 * math.pi * 100 ** (-4 / size * quarter)
+    places = ((2 * place + 1) / n - 1 for place, n in zip(places, grid, strict=True))
     rows, columns = torch.meshgrid(*places, indexing="ij")
     angles = torch.cat([axis.reshape(-1, 1) * frequencies for axis in (rows, columns)], 1)  # (patches, size / 2)
     angles = F.pad(angles, (0, 0, prefix, 0)).repeat(1, 2)[:, None]
@@ -126,17 +146,17 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.scale = (embed_dim // num_heads) ** -0.5
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.q_norm = LayerNorm(embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = LayerNorm(embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def heads(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the first tokens, or all, and keys and values of all tokens, for each head.
 
         Args:
             x: Tokens (B, N, D).
-            first: How many of the tokens ask, the first; none for all.
             turns: ``rotation`` of the tokens' positions, by which queries and keys are turned; none for no turn.
+            first: How many of the tokens ask, the first; none for all.
         """
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).unbind(2)  # (B, N, h, d)
@@ -151,28 +171,23 @@ class Attention(nn.Module):
         """Heads side by side again, through the output projection."""
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
-    def forward(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> Tensor:
         """What the first tokens, or all, take from all tokens: (B, first or N, D) from (B, N, D)."""
         bits16 = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
         if bits16 and x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS:
-            return self.explain(x, first, turns)[0]
-        q, k, v = self.heads(x, first, turns)
+            return self.explain(x, turns, first)[0]
+        q, k, v = self.heads(x, turns, first)
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
-    def explain(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def explain(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> tuple[Tensor, Tensor]:
         """``forward``, and the weights it is computed from: what each token (row) takes from every other (column)."""
-        q, k, v = self.heads(x, first, turns)
+        q, k, v = self.heads(x, turns, first)
         k = k.contiguous()  # before it is transposed: the product would copy it element by element
         weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, first or N, N), rows sum to 1
         return self.merge(weights.to(v.dtype) @ v), weights
 
 
-class LayerNorm(nn.LayerNorm):
-    def __init__(self, size: int, eps: float = LAYER_NORM_EPS):
-        super().__init__(size, eps=eps)
-
-
-class LayerNorm2d(LayerNorm):
+class LayerNorm2d(nn.LayerNorm):
     """Over the channels of each pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +220,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Mlp(nn.Module):
-    def __init__(self, *, embed_dim: int, hidden: int, act: str = "gelu"):
+    def __init__(self, *, embed_dim: int, hidden: int, act: str):
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, hidden)
         self.act = ACTIVATIONS[act]()
@@ -242,27 +257,27 @@ class Block(nn.Module):
         qk_norm: bool,
         init_values: float | None,
         drop_path: float,
-        act: str = "gelu",
-        norm_eps: float = LAYER_NORM_EPS,
+        act: str,
+        norm_eps: float,
     ):
         super().__init__()
-        self.norm1 = LayerNorm(embed_dim, norm_eps)
+        self.norm1 = nn.LayerNorm(embed_dim, norm_eps)
         self.attn = Attention(
             embed_dim=embed_dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps
         )
         self.ls1 = nn.Identity() if init_values is None else LayerScale(embed_dim, init_values)
-        self.norm2 = LayerNorm(embed_dim, norm_eps)
+        self.norm2 = nn.LayerNorm(embed_dim, norm_eps)
         self.mlp = Mlp(embed_dim=embed_dim, hidden=int(embed_dim * mlp_ratio), act=act)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(embed_dim, init_values)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> Tensor:
         """The first tokens, or all, after this block: (B, first or N, D) from (B, N, D)."""
-        return self.add(x[:, :first], self.attn(self.norm1(x), first, turns))
+        return self.add(x[:, :first], self.attn(self.norm1(x), turns, first))
 
-    def explain(self, x: Tensor, first: int | None = None, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def explain(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> tuple[Tensor, Tensor]:
         """``forward`` and the attention weights (B, h, first or N, N) it came from."""
-        attended, weights = self.attn.explain(self.norm1(x), first, turns)
+        attended, weights = self.attn.explain(self.norm1(x), turns, first)
         return self.add(x[:, :first], attended), weights
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -295,7 +310,7 @@ class VisionTransformer(nn.Module):
         norm_after_pool: Whether the last norm follows the pooling; none: for a mean, not for a class token.
         act: Non-linearity of the MLP: ``gelu``, its ``gelu_tanh`` approximation (SigLIP) or ``quick_gelu`` (CLIP).
         norm_eps: Added to the variance in every norm.
-        rope: Whether queries and keys are also turned by the row and column of their patch (needs heads of 4, 8, ...).
+        rope: Whether queries and keys turn with their patch's row and column, too; embed_dim / num_heads is 4, 8, ...
 
     Raises:
         ValueError: If sizes do not divide or a number is out of range; both numbers are named.
@@ -335,7 +350,12 @@ class VisionTransformer(nn.Module):
         self.grid_size = self.grid_of(*self.image_size)
 
         self.patch_embed = PatchEmbed(
-            patch_size=self.patch_size, in_chans=in_chans, embed_dim=embed_dim, stem=stem, bias=not pre_norm
+            patch_size=self.patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            stem=stem,
+            bias=not pre_norm,
+            norm_eps=norm_eps,
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "token" else None
         self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
@@ -344,7 +364,7 @@ class VisionTransformer(nn.Module):
         self.num_prefix_positions = self.num_prefix_tokens if prefix_positions else 0
         positions = self.grid_size[0] * self.grid_size[1] + self.num_prefix_positions
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
-        self.norm_pre = LayerNorm(embed_dim, norm_eps) if pre_norm else nn.Identity()
+        self.norm_pre = nn.LayerNorm(embed_dim, norm_eps) if pre_norm else nn.Identity()
         self.blocks: Any = nn.ModuleList(  # Any: a type checker cannot see what a ModuleList holds
             Block(
                 embed_dim=embed_dim,
@@ -361,8 +381,8 @@ class VisionTransformer(nn.Module):
         )
         if norm_after_pool is None:  # timm's places
             norm_after_pool = pool == "mean"
-        self.norm = nn.Identity() if norm_after_pool else LayerNorm(embed_dim, norm_eps)
-        self.fc_norm = LayerNorm(embed_dim, norm_eps) if norm_after_pool else nn.Identity()
+        self.norm = nn.Identity() if norm_after_pool else nn.LayerNorm(embed_dim, norm_eps)
+        self.fc_norm = nn.LayerNorm(embed_dim, norm_eps) if norm_after_pool else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes)
         self._init_weights()
 
@@ -432,32 +452,26 @@ class VisionTransformer(nn.Module):
         patches = F.interpolate(patches.float(), grid, mode="bicubic", antialias=True)
         return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
-    def turns(self, images: Tensor) -> Tensor | None:
-        """What the blocks need beside the tokens of ``embed``: ``rotation`` of their positions; none without rope."""
+    def turns(self, grid: tuple[int, int]) -> Tensor | None:
+        """``rotation`` of all tokens for a grid; none without rope."""
         if not self.architecture["rope"]:
             return None
-        grid = self.grid_of(images.shape[2], images.shape[3])
         size = self.architecture["embed_dim"] // self.architecture["num_heads"]
-        return rotation(grid, size, prefix=self.num_prefix_tokens).to(self.pos_embed.device, self.pos_embed.dtype)
+        dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)  # 16 bits have no room for angles
+        return rotation(grid, size, prefix=self.num_prefix_tokens, dtype=dtype, device=self.pos_embed.device)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Tokens that enter the first block: class token, registers, then patches row by row."""
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens that enter the first block: class token, registers, then patches row by row; and their ``turns``."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"expected images (B, {self.in_chans}, H, W), got {tuple(images.shape)}")
-        positions = self.positions(self.grid_of(images.shape[2], images.shape[3]))
+        grid = self.grid_of(images.shape[2], images.shape[3])
+        positions, turns = self.positions(grid), self.turns(grid)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, patches, D)
         B = x.shape[0]
         prefix = [token.expand(B, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.num_prefix_positions:  # prefix tokens have positions: add after joining
-            return self.norm_pre(torch.cat([*prefix, x], dim=1) + positions)
-        return self.norm_pre(torch.cat([*prefix, x + positions], dim=1))  # (B, N, D)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, D) after the last block, prefix tokens first."""
-        x, turns = self.embed(images), self.turns(images)
-        for block in self.blocks:
-            x = block(x, turns=turns)
-        return self.norm(x)
+            return self.norm_pre(torch.cat([*prefix, x], dim=1) + positions), turns
+        return self.norm_pre(torch.cat([*prefix, x + positions], dim=1)), turns  # (B, N, D)
 
     @property
     def num_read(self) -> int | None:
@@ -465,7 +479,7 @@ class VisionTransformer(nn.Module):
         return 1 if self.pool == "token" else None
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) from the tokens that ``forward_features`` returns, or those the head reads."""
+        """Logits (B, num_classes) from the tokens after the last block and ``norm``, all or those the head reads."""
         pooled = x[:, 0] if self.pool == "token" else x[:, self.num_prefix_tokens :].mean(1)
         return self.head(self.fc_norm(pooled))
 
@@ -475,11 +489,11 @@ class VisionTransformer(nn.Module):
         H and W may differ from ``image_size`` if they are multiples of the patch size: the position embedding is
         resampled.
         """
-        x, turns = self.embed(images), self.turns(images)
+        x, turns = self.embed(images)
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x, turns=turns)
-        return self.forward_head(self.norm(last(x, self.num_read, turns)))
+            x = block(x, turns)
+        return self.forward_head(self.norm(last(x, turns, self.num_read)))
 
     def forward_attention(self, images: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and what ``keep`` makes of each block's attention weights (B, h, N, N), first block first.
@@ -488,8 +502,8 @@ class VisionTransformer(nn.Module):
         Blocks are reduced as they go by (heads fused, say), so that at no time more than one block's heads are held.
         The logits come from these very weights: gradients of logits with respect to them are defined.
         """
-        x, turns, kept = self.embed(images), self.turns(images), []
+        (x, turns), kept = self.embed(images), []
         for i, block in enumerate(self.blocks, 1):
-            x, weights = block.explain(x, self.num_read if i == len(self.blocks) else None, turns)
+            x, weights = block.explain(x, turns, self.num_read if i == len(self.blocks) else None)
             kept.append(keep(weights))
         return self.forward_head(self.norm(x)), kept

@@ -94,8 +94,10 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
             architecture_of(create(pretrained=False))
         overlay = {"pretrained_cfg_overlay": {"file": file, "custom_load": file.endswith(".npz")}} if file else {}
         return from_timm(create(pretrained=True, **overlay))
+    except Unsupported as error:
+        raise Unsupported(f"{source}: not supported, it has {error}") from error
     except CheckpointError as error:
-        raise type(error)(f"{source}: {error}") from error
+        raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # no network, no such tag, a damaged file: each library has its own
         raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
 
@@ -280,7 +282,8 @@ def start_from(
     fresh = {"image_size": image_size, "in_chans": len(mean), "num_classes": len(class_names)}
     for name, value in asked.items():
         if name not in ADAPTED and name in old.architecture and value != old.architecture[name]:
-            raise CheckpointError(f"{source}: has {name} {old.architecture[name]}, not {value}; leave model.{name} out")
+            theirs = old.architecture[name]
+            raise CheckpointError(f"{source}: has {name} {theirs}; give --model.{name} {theirs} or none, not {value}")
     kept = {name: value for name, value in asked.items() if name in ADAPTED}
     new = VisionTransformer(**{**old.architecture, "drop_path_rate": 0.0, **kept, **fresh})
     weights, notes = dict(old.state_dict()), []

@@ -166,10 +166,10 @@ def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[T
 @torch.no_grad()
 def _rollout_by_rows(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     # Blocks of rows, whose weights stay in a processor's cache until the heads are fused and the values multiplied.
-    x, turns, matrices = model.embed(images), model.turns(images), []
+    (x, turns), matrices = model.embed(images), []
     for i, block in enumerate(model.blocks, 1):
         first = model.num_read if i == len(model.blocks) else None
-        q, k, v = (heads.contiguous() for heads in block.attn.heads(block.norm1(x), first, turns))
+        q, k, v = (heads.contiguous() for heads in block.attn.heads(block.norm1(x), turns, first))
         attended = torch.empty_like(q, dtype=v.dtype)
         matrix = q.new_empty(len(q), q.shape[2], k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
         for image, keys in enumerate(k.transpose(-2, -1)):
@@ -186,10 +186,10 @@ def _rollout_by_rows(model: VisionTransformer, images: Tensor, ask: Question) ->
 @torch.no_grad()
 def _last(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     *blocks, last = model.blocks
-    x, turns = model.embed(images), model.turns(images)
+    x, turns = model.embed(images)
     for block in blocks:
-        x = block(x, turns=turns)
-    x, weights = last.explain(x, model.num_read, turns)
+        x = block(x, turns)
+    x, weights = last.explain(x, turns, model.num_read)
     matrix = ask.matrix(weights, 0 if model.pool == "token" else None)
     start = pooling_weights(model, x.shape[1]).to(matrix.dtype).expand(x.shape[:2])
     return model.forward_head(model.norm(x)), _times(start, matrix)
@@ -209,16 +209,17 @@ def _legrad(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Te
     # Each layer's output goes through the head, and the gradient of that score with respect to the layer's own weights
     # counts; none crosses a block, so the weights of one layer at a time are held.
     with torch.no_grad():
-        inputs, turns = [model.embed(images)], model.turns(images)
+        x, turns = model.embed(images)
+        inputs = [x]
         for block in model.blocks:
-            inputs.append(block(inputs[-1], turns=turns))
+            inputs.append(block(inputs[-1], turns))
         logits = model.forward_head(model.norm(inputs.pop()))
     if ask.target is None:
         ask = replace(ask, target=logits.argmax(1))
     shape, dtype = inputs[0].shape[:2], torch.promote_types(inputs[0].dtype, torch.float32)
     rows = torch.zeros(shape, dtype=dtype, device=images.device)
     for block, x in zip(model.blocks, inputs, strict=True):
-        x, weights = block.explain(x.requires_grad_(), turns=turns)
+        x, weights = block.explain(x.requires_grad_(), turns)
         (gradient,) = torch.autograd.grad(ask.score(model.forward_head(model.norm(x))), weights)
         rows += gradient.clamp_min(0).mean((1, 2), dtype=dtype)
     return logits, rows
@@ -479,11 +480,11 @@ def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, T
     """
     grid = model.grid_of(images.shape[-2], images.shape[-1])
     patches = slice(model.num_prefix_tokens, None)
-    x, turns = model.embed(images), model.turns(images)
+    x, turns = model.embed(images)
     heads, total = [], torch.zeros((), device=images.device)
     start = pooling_weights(model, x.shape[1])
     for block in model.blocks:
-        x, weights = block.explain(x, turns=turns)
+        x, weights = block.explain(x, turns)
         heads.append((start.to(weights.dtype) @ weights)[..., patches].float())  # (B, h, P)
         total = total + fuse_heads(weights)[:, patches, patches]  # (B, P, P)
     mean = (total / len(heads)).unflatten(2, grid).unflatten(1, grid)
