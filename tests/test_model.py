@@ -7,8 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
-from timm.layers import RotaryEmbeddingDinoV3, apply_rot_embed_cat
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3, apply_rot_embed_cat
 from timm.models import vision_transformer as timm_vit
 
 from vit.model import Attention, VisionTransformer, rotation, turned
