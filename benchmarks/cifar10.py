@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="vit/weights/cifar10.safetensors", help="default: the shipped weights")
     parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="cifar10, or a folder of it")
+    parser.add_argument("--name", default="cifar10", help="of the result file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, about = load_checkpoint(args.checkpoint)
@@ -95,7 +96,7 @@ def main() -> None:
         print(facts["bfloat16"])
     print(
         record(
-            "cifar10",
+            args.name,
             rows,
             images=len(labels),
             data="CIFAR-10 (JPEG copy)" if args.data != "cifar10" else "CIFAR-10",
