@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="cifar10, or a folder of it")
     parser.add_argument("--steps", type=int, default=702, help="of the base run; 351 are an epoch")
     parser.add_argument("--seeds", type=int, default=3, help="runs of the recipe and of its random start; else one")
+    parser.add_argument("--only", metavar="NAME", nargs="+", choices=CHANGES, help="these alone, each with all seeds")
+    parser.add_argument("--name", default="ablation", help="of the result file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a thread each")
     args = parser.parse_args()
 
@@ -93,9 +95,9 @@ def main() -> None:
         runs = {
             name: [
                 pool.submit(fit, Path(scratch, f"{i}-{seed}"), name, args.data, args.steps, seed)
-                for seed in range(args.seeds if name in (RANDOM, "the recipe") else 1)
+                for seed in range(args.seeds if args.only or name in (RANDOM, "the recipe") else 1)
             ]
-            for i, name in enumerate(CHANGES)
+            for i, name in enumerate(args.only or CHANGES)
         }
         for name, futures in runs.items():
             accuracies, minutes = (list(values) for values in zip(*(run.result() for run in futures), strict=True))
@@ -107,7 +109,7 @@ def main() -> None:
     Console().print(table)
     print(
         record(
-            "ablation", rows, config=CONFIG, steps=args.steps, base=BASE, images=5000, data=os.path.basename(args.data)
+            args.name, rows, config=CONFIG, steps=args.steps, base=BASE, images=5000, data=os.path.basename(args.data)
         )
     )
 
