@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## train on handwritten digits, classify held-out ones, draw
 	@.venv/bin/python -m benchmarks.digits
 
 test: $(INSTALLED)  ## run the tests (about 4 minutes)
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## check style and types
 	@.venv/bin/ruff check

@@ -172,8 +172,10 @@ class TrainCLI(LightningCLI):
         """One run in a folder: an earlier one is put aside, one that has ended is not started again by a loop."""
         root, path = Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path")
         last, exported = root / "last.ckpt", root / "model.safetensors"
-        if len(names := self.model.class_names) <= 5 and self._get(self.config, "checkpoint.monitor") == "val/acc5":
-            raise ValueError(f"checkpoint: monitor val/acc5 is not measured of {len(names)} classes; give val/acc")
+        for callback in cast(Any, self.trainer).callbacks:
+            if getattr(callback, "monitor", None) == "val/acc5" and (classes := len(self.model.class_names)) <= 5:
+                name = type(callback).__name__
+                raise ValueError(f"{name}: monitor val/acc5 is not measured of {classes} classes; give val/acc")
         if path is None or (path == "last" and not last.exists()):
             start, results = self.model.pretrained, [(root / name).resolve() for name in RESULTS]
             if start and Path(start).resolve() in results:

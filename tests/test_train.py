@@ -448,8 +448,10 @@ def test_classes_of_different_size(tmp_path, capfd):
     metrics = load_checkpoint(root / "model.safetensors")[1].metrics
     assert metrics["val/balanced_acc"] == pytest.approx(best["val/balanced_acc"], abs=1e-6)
     assert "val/acc5" not in metrics
-    assert run("fit", tmp_path / "5", *data, "--checkpoint.monitor=val/acc5") == 2
-    assert "monitor val/acc5 is not measured of 3 classes; give val/acc" in capfd.readouterr().err
+    stopping = "[{class_path: EarlyStopping, init_args: {monitor: val/acc5, mode: max}}]"
+    for wrong in ("--checkpoint.monitor=val/acc5", f"--trainer.callbacks={stopping}"):
+        assert run("fit", tmp_path / "5", *data, wrong) == 2
+        assert "monitor val/acc5 is not measured of 3 classes; give val/acc" in capfd.readouterr().err
     assert run("test", root, *data, "--ckpt_path=best") == 0
     printed = capfd.readouterr().out
     with open(root / "test" / "confusion.csv", newline="") as file:
