@@ -75,7 +75,7 @@ def run(checkpoint, capfd):
 def start(checkpoint):
     """Starts the command in a process of its own that has its imports behind it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["predict", "vit.faithfulness"])  # what this file imports: three seconds a process
+    context.set_forkserver_preload(["predict", "vit.predictor"])
 
     def start(*args: object) -> multiprocessing.Process:
         arguments = ["--checkpoint", checkpoint, "--device", "cpu", *map(str, args)]

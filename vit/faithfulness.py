@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 REMOVALS = ("mean", "blur")
 Removal = Literal["mean", "blur"]
@@ -114,6 +113,8 @@ def blank(images: Tensor, remove: Removal, patch: tuple[int, int]) -> Tensor:
     if remove == "mean":
         return images.mean((2, 3), keepdim=True).expand_as(images)
     if remove == "blur":
+        from torchvision.transforms.v2.functional import gaussian_blur  # late: it takes seconds
+
         kernel = [2 * min(3 * p, size - 1) + 1 for p, size in zip(patch, images.shape[-2:], strict=True)]
         return gaussian_blur(images, kernel[::-1], [float(p) for p in patch[::-1]])
     raise ValueError(f"remove {remove!r} is not one of {', '.join(REMOVALS)}")
