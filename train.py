@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -36,7 +37,7 @@ from vit.memory import keep_freed_memory
 from vit.model import VisionTransformer
 from vit.predictor import has_bfloat16
 from vit.progress import TrainingProgress, class_table
-from vit.saving import CheckpointFile
+from vit.saving import CheckpointFile, keeper_of
 
 DESCRIPTION = (
     "Train a vision transformer on images. The project's own settings are --model.* and --data.*; --trainer.* are "
@@ -52,6 +53,7 @@ MEASURED = {  # what can be monitored, and which way it is better
     **dict.fromkeys(("val/acc", "val/balanced_acc", "val/acc5"), "max"),
 }
 RESULTS = ("last.ckpt", "best.ckpt", "model.safetensors")  # of a run, in its folder
+UNUSABLE = (ValueError, OSError, MisconfigurationException)  # a setting or a file
 ARCHITECTURE = set(signature(VisionTransformer).parameters)
 FACTS = ("class_names", "mean", "std", "image_size", "white")  # flow from the data to the model
 
@@ -81,6 +83,9 @@ def several(value: Any) -> list[Any]:
 
 class TrainCLI(LightningCLI):
     """LightningCLI with what every run of this project has: facts linked, files in one folder, our progress bar."""
+
+    going_on: str | Path | None = None  # the checkpoint of a fit that goes on
+    aside: Path | None = None  # where the run is that was in the folder before this one
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -125,6 +130,16 @@ class TrainCLI(LightningCLI):
         if config["pretrained"]:
             leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
 
+    def instantiate_classes(self) -> None:
+        """Build everything; a run that goes on needs what it once started from no more: all is in its checkpoint."""
+        model = self.config.get(str(self.subcommand), self.config)["model"]
+        start = model["pretrained"]
+        if start and self.going_on:
+            model["pretrained"] = str(self.going_on)
+        super().instantiate_classes()
+        if self.subcommand == "fit":
+            model["pretrained"] = self.model.pretrained = self.model.hparams["pretrained"] = start
+
     def _parse_ckpt_path(self) -> None:
         """Refuse an unusable checkpoint before anything is built; ``best`` is the run's, also in a later process.
 
@@ -142,6 +157,7 @@ class TrainCLI(LightningCLI):
             if Path(path).suffix != ".ckpt":
                 raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last")
             load_checkpoint(path)
+            self.going_on = path if subcommand == "fit" else None
         if subcommand != "fit":  # which has today's settings: those of the command
             if path is not None:
                 leave_out(ARCHITECTURE, config["model"])  # older files lack some, whose defaults then hold
@@ -152,19 +168,26 @@ class TrainCLI(LightningCLI):
                 leave_out(ARCHITECTURE, config["model"])
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with locked(Path(self.trainer.default_root_dir)) if self._writes(subcommand) else nullcontext():
-            super()._run_subcommand(subcommand)
+        root = Path(self.trainer.default_root_dir)
+        with locked(root) if self._writes(subcommand) else nullcontext():
+            try:
+                super()._run_subcommand(subcommand)
+            except UNUSABLE:
+                if self.aside and not (root / "last.ckpt").exists():  # what Lightning refused has not begun
+                    put_back(root, self.aside)
+                raise
 
     def _writes(self, subcommand: str) -> bool:
         """Whether this process is the one that puts a new state into the run's folder."""
         return subcommand == "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False)
 
     def before_validate(self) -> None:
-        """Refuse to measure what chance has made."""
-        if self._get(self.config, "ckpt_path") is None and any(
-            note.startswith("head replaced") for note in self.model.adapted
-        ):
+        """Refuse to measure what chance has made; measure pretrained weights as predict.py would use them."""
+        if self._get(self.config, "ckpt_path") is not None:
+            return
+        if any(note.startswith("head replaced") for note in self.model.adapted):
             raise ValueError(f"{self.subcommand} needs trained weights: {self.model.pretrained} knows other classes")
+        self.datamodule.preprocess = self.model.measure_pretrained()
 
     before_test = before_validate
 
@@ -185,9 +208,9 @@ class TrainCLI(LightningCLI):
                 )
             if self._writes("fit"):
                 self.datamodule.setup("fit")  # refuses what cannot be trained on while the earlier run is in its place
-                put_aside(root)
+                self.aside = put_aside(root)
             return
-        file = last if path == "last" else path
+        file = last if path == "last" else Path(path)
         state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         if "optimizer_states" not in state:
             raise ValueError(f"{file}: holds weights alone; start a new run from them with --model.pretrained {file}")
@@ -200,6 +223,11 @@ class TrainCLI(LightningCLI):
             before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
             if before != now:
                 raise ValueError(f"{file}: trained with model.{name} {before}, which cannot become {now}; {anew}")
+        keeper = keeper_of(self.trainer)
+        chosen = [m[1] for key in state["callbacks"] if (m := re.match(r"ModelCheckpoint{'monitor': '?([\w/]+)", key))]
+        if keeper and chosen and str(keeper.monitor) not in chosen:  # Lightning would forget the best
+            words = f"checkpoint.monitor {chosen[-1]}, which cannot become {keeper.monitor}"
+            raise ValueError(f"{file}: trained with {words}; {anew}")
         limits = [self.trainer.max_epochs, self.trainer.max_steps]
         epochs = state["epoch"] + state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
         least = epochs if path == "last" else epochs + 1  # a finished run may be asked for again, see below
@@ -216,6 +244,10 @@ class TrainCLI(LightningCLI):
             words = f"this run is finished, {state['global_step']:,} steps; nothing was changed"
             print(f"{root}: {words}. Longer: --trainer.max_epochs", file=sys.stderr)
             sys.exit(0)
+        if file.resolve().parent != root.resolve() and self._writes("fit"):  # another folder's run goes on here
+            self.aside = put_aside(root)
+            if (best := file.parent / "best.ckpt").is_file():
+                shutil.copyfile(best, root / "best.ckpt")
 
     def after_test(self) -> None:
         """How well each class is told: a table, and the whole matrix in a file."""
@@ -234,7 +266,7 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning takes and our runs cannot do."""
         config = self._get(self.config, "trainer")
-        for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches"):
+        for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
             if config[name] == 0:
                 raise ValueError(f"trainer.{name} must be above 0")
         if config["max_epochs"] == 0 or config["max_steps"] == 0:
@@ -253,7 +285,10 @@ class TrainCLI(LightningCLI):
         if self.subcommand == "fit":
             check_monitor("checkpoint", self._get(self.config, "checkpoint"))
             for callback in several(config["callbacks"]):
-                check_monitor(callback["class_path"].rpartition(".")[2], callback.get("init_args") or {})
+                name = callback["class_path"].rpartition(".")[2]
+                if name == "StochasticWeightAveraging":
+                    raise ValueError(f"{name} averages behind the last save; EMAWeightAveraging is kept in checkpoints")
+                check_monitor(name, callback.get("init_args") or {})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config, "trainer")
@@ -326,23 +361,40 @@ def locked(root: Path) -> Iterator[None]:
         yield
 
 
-def put_aside(root: Path) -> None:
+def put_aside(root: Path) -> Path | None:
     """Move the run that is in this folder to ``previous``, so that nothing of it can be taken for the new one's.
 
     If there is such a folder already, to ``previous-2`` and so on: no run is lost.
+
+    Returns:
+        Where it is now; none if there was none.
     """
     if not any((root / name).exists() for name in RESULTS):
-        return
+        return None
     places = (root / name for name in chain(["previous"], (f"previous-{number}" for number in count(2))))
     aside = next(place for place in places if not place.exists())
     aside.mkdir()
-    for name in (*RESULTS, "metrics.csv", "hparams.yaml", "config.yaml", "test", "validate"):
-        if (root / name).exists():
-            (root / name).rename(aside / name)
-    for events in root.glob("events.out.tfevents.*"):
-        events.rename(aside / events.name)
+    for path in parts_of_run(root):
+        path.rename(aside / path.name)
     words = f"the run that was here is in {aside}; --ckpt_path last would have gone on with it"
     print(f"{root}: {words}", file=sys.stderr)
+    return aside
+
+
+def put_back(root: Path, aside: Path) -> None:
+    """Undo ``put_aside``, for a run that has not begun."""
+    for path in parts_of_run(root):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in parts_of_run(aside):
+        path.rename(root / path.name)
+    aside.rmdir()
+    print(f"{root}: the run that was here is back", file=sys.stderr)
+
+
+def parts_of_run(root: Path) -> list[Path]:
+    """What a run leaves in its folder."""
+    names = (*RESULTS, "metrics.csv", "hparams.yaml", "config.yaml", "test", "validate")
+    return [*(path for name in names if (path := root / name).exists()), *root.glob("events.out.tfevents.*")]
 
 
 def configs(args: Any) -> list[str]:
@@ -400,7 +452,7 @@ def main(args: ArgsType = None) -> int:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
         )
-    except (ValueError, OSError, MisconfigurationException) as error:  # a setting or a file that cannot be used
+    except UNUSABLE as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:

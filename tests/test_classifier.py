@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from data.datamodule import Batch
 from vit.calibration import Temperature
 from vit.checkpoint import load_checkpoint
-from vit.classifier import ViTClassifier, compiled, device_name
+from vit.classifier import BalancedAccuracy, ViTClassifier, compiled, device_name
 
 CLASSES = tuple("abcdefg")
 pytestmark = [
@@ -245,6 +245,15 @@ def test_validation_measures_what_scikit_learn_does(tmp_path, measured, size):
     )
     assert 0 < found["val/acc"] < found["val/acc5"] < 1
     assert model.temperature == 1  # fitted in training only
+
+
+def test_a_class_without_images_does_not_count():
+    named, labels = torch.tensor([0, 2, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 1])
+    metric = BalancedAccuracy(4, average="macro")
+    metric.update(torch.nn.functional.one_hot(named, 4).float(), labels)
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        wanted = metrics.balanced_accuracy_score(labels, named)
+    assert metric.compute().item() == pytest.approx(wanted)
 
 
 def test_test_measures_calibrated_probabilities_too(tmp_path, measured):

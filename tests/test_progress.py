@@ -51,7 +51,7 @@ def trainer_of(max_epochs: int = 12, batches: int = 4, accumulate: int = 1) -> A
         num_devices=2,
         num_nodes=1,
         callback_metrics={},
-        checkpoint_callback=None,
+        checkpoint_callbacks=[],
         datamodule=SimpleNamespace(dataset="digits", train=range(1294), val=range(143)),
     )
 

@@ -385,6 +385,10 @@ def test_a_run_from_pretrained_weights_needs_them_once(fitted, tmp_path, capfd):
     base.unlink()
     assert train.main(["test", *tuned, "--ckpt_path=best"]) == 0
     assert (root / "test" / "metrics.csv").exists()
+    more = ["--trainer.max_epochs=2", "--ckpt_path=last"]
+    assert train.main(["fit", *tuned, *more, f"--model.pretrained={base}"]) == 0
+    assert yaml.safe_load((root / "config.yaml").read_text())["model"]["pretrained"] == str(base)
+    assert load_checkpoint(root / "last.ckpt")[1].training["pretrained"] == str(base)
     capfd.readouterr()
     for name in ("best.ckpt", "last.ckpt", "model.safetensors"):
         assert train.main(["fit", *tuned, f"--model.pretrained={root / name}"]) == 2
@@ -421,6 +425,10 @@ def test_no_earlier_run_is_lost(tmp_path, capfd):
     assert "data.balance needs the labels of all images" in capfd.readouterr().err
     assert run("fit", tmp_path, "--trainer.max_epochs=0") == 2
     assert "trainer.max_epochs and max_steps must be above 0" in capfd.readouterr().err
+    assert run("fit", tmp_path, "--trainer.val_check_interval=1000") == 2  # which Lightning sees when all is set up
+    assert f"{tmp_path}: the run that was here is back" in capfd.readouterr().err
+    assert "seed_everything: 2" in (tmp_path / "config.yaml").read_text()
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
     assert (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "previous-3").exists()
 
@@ -542,6 +550,37 @@ def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_pat
     assert [part["best_model_path"] for part in state.values() if "dirpath" in part] == [str(two / "best.ckpt")]
 
 
+def test_a_run_goes_on_in_another_folder_and_what_was_there_is_put_aside(tmp_path, monkeypatch, capfd):
+    """Its best comes along, and nothing of the run that was there is taken for it."""
+    monkeypatch.setitem(train.MEASURED, "val/loss", "max")  # that of the first epoch is the best, as above
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("fit", one, "--trainer.max_epochs=2", "--checkpoint.mode=max") == 0
+    assert run("fit", two, "--trainer.max_epochs=1", "--checkpoint.mode=max", "--seed_everything=5") == 0
+    best, other = weights(one / "best.ckpt"), weights(two / "best.ckpt")
+    assert run("fit", two, "--trainer.max_epochs=3", "--checkpoint.mode=max", f"--ckpt_path={one / 'last.ckpt'}") == 0
+    assert f"the run that was here is in {two / 'previous'}" in capfd.readouterr().err
+    for name, wanted in (("best.ckpt", best), ("previous/best.ckpt", other)):
+        assert all(torch.equal(value, wanted[key]) for key, value in weights(two / name).items())
+    exported = load_checkpoint(two / "model.safetensors")[0].state_dict()
+    assert all(torch.equal(value, best[f"vit.{key}"]) for key, value in exported.items())
+    assert {row["epoch"] for row in table(two)} == {2}
+    assert (one / "best.ckpt").exists()
+
+
+def test_checkpoints_of_one_s_own_do_not_become_the_best(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.MEASURED, "val/loss", "max")
+    own = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, every_n_epochs: 1, dirpath: %s}}" % (
+        tmp_path / "own"
+    )
+    options = ["--trainer.max_epochs=2", "--checkpoint.mode=max", f"--trainer.callbacks=[{own}]"]
+    assert run("fit", tmp_path / "run", *options) == 0
+    assert len(list((tmp_path / "own").iterdir())) == 2
+    best = weights(tmp_path / "run" / "best.ckpt")
+    assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["epoch"] == 0
+    exported = load_checkpoint(tmp_path / "run" / "model.safetensors")[0].state_dict()
+    assert all(torch.equal(value, best[f"vit.{key}"]) for key, value in exported.items())
+
+
 @pytest.mark.parametrize("steps", [7, 10], ids=["within an epoch", "at its end"])
 def test_out_of_time_is_not_done(steps, tmp_path, monkeypatch):
     """A run that ``trainer.max_time`` ended goes on to what it would have been."""
@@ -562,7 +601,10 @@ def test_out_of_time_is_not_done(steps, tmp_path, monkeypatch):
 
 
 def test_weights_are_measured_with_their_own_preprocessing(tmp_path):
-    """Dark images stay dark: their own mean would make them as bright as those of the training."""
+    """Dark images stay dark: their own mean would make them as bright as those of the training.
+
+    Also those of ``model.safetensors``, which is all that may be left of a run.
+    """
     digits = load_digits().test
     assert digits is not None
     pixels = digits.images.expand(-1, 3, -1, -1)  # type: ignore[union-attr]
@@ -579,7 +621,13 @@ def test_weights_are_measured_with_their_own_preprocessing(tmp_path):
     with torch.no_grad():
         logits = model(about.preprocess.normalize(dark[::2]))
     expected = torch.nn.functional.cross_entropy(logits, digits.labels[::2]).item()
-    assert table(tmp_path / "test")[0]["test/loss"] == pytest.approx(expected, rel=1e-4)
+    (of_run,) = table(tmp_path / "test")
+    assert of_run["test/loss"] == pytest.approx(expected, rel=1e-4)
+    other, dark_ones = tmp_path / "other", f"--data.dataset={tmp_path / 'dark'}"
+    assert run("test", other, *data, dark_ones, f"--model.pretrained={tmp_path / 'model.safetensors'}") == 0
+    (of_file,) = table(other / "test")
+    assert of_file == pytest.approx({**of_run, "epoch": of_file["epoch"], "step": of_file["step"]}, rel=1e-5)
+    assert of_file["test/ece_calibrated"] != of_file["test/ece"]
 
 
 def test_options_are_not_abbreviated(capsys):
@@ -629,6 +677,11 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/acc"],
             "EarlyStopping: mode min takes the worst val/acc for the best; give mode max",
         ),
+        "averaged too late": (
+            ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"],
+            "StochasticWeightAveraging averages behind the last save; EMAWeightAveraging is kept",
+        ),
+        "no batches": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches must be above 0"),
         "resolution": (["--model.resolution=[[0.5, 0.6]]"], "model.resolution: 0.6 of 8x8: image height 5 is not a"),
         "a file as folder": ([f"--trainer.default_root_dir={garbage}"], f"default_root_dir {garbage}: cannot be made"),
     }
@@ -685,6 +738,9 @@ def test_run_goes_on_with_its_own_model_and_optimiser_only(fitted, tmp_path, cap
         assert f"step 10 of epoch 2 cannot go on with epochs of {steps} steps: keep " in capfd.readouterr().err
     assert run("fit", tmp_path, "--ckpt_path=last", "--model.layer_decay=0.5") == 2
     assert "last.ckpt: trained with model.layer_decay 1.0, which cannot become 0.5; a new" in capfd.readouterr().err
+    other = ["--checkpoint.monitor=val/acc", "--checkpoint.mode=max"]  # of which the best so far is not known
+    assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=9", *other) == 2
+    assert "last.ckpt: trained with checkpoint.monitor val/loss, which cannot become val/acc" in capfd.readouterr().err
 
 
 def test_model_is_taken_from_the_checkpoint(fitted, tmp_path):

@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -15,7 +16,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,7 +29,8 @@ from vit.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoin
 from vit.model import VisionTransformer
 from vit.optim import build_optimizer, learning_rate
 from vit.preprocess import Preprocess
-from vit.pretrained import start_from
+from vit.pretrained import load_pretrained, start_from
+from vit.saving import keeper_of
 
 
 class Batch(Protocol):
@@ -144,12 +146,28 @@ class ViTClassifier(LightningModule):
         # Without their checks, each of which would wait for the GPU; the loss has seen the labels before.
         metrics: dict[str, Metric] = {
             "acc": MulticlassAccuracy(classes, average="micro", validate_args=False),
-            "balanced_acc": MulticlassAccuracy(classes, average="macro", validate_args=False),
+            "balanced_acc": BalancedAccuracy(classes, average="macro", validate_args=False),
             "ece": MulticlassCalibrationError(classes, n_bins=15, validate_args=False),
         }
         if classes > 5:
             metrics["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
         return MetricCollection(dict(metrics), prefix=prefix, compute_groups=False)
+
+    def measure_pretrained(self) -> Preprocess:
+        """Be the pretrained weights as they are, with their own mean, deviation and temperature, as in predict.py.
+
+        Returns:
+            What images have to go through.
+        """
+        assert self.pretrained is not None
+        _, about = load_pretrained(self.pretrained)
+        theirs = about.preprocess
+        if len(theirs.mean) == len(self.preprocess.mean):
+            facts = {"image_size": self.vit.image_size, "class_names": self.class_names}
+            self.vit, self.adapted = start_from(self.pretrained, **facts, mean=theirs.mean, std=theirs.std)
+            self.preprocess = replace(self.preprocess, mean=theirs.mean, std=theirs.std)
+            self.temperature.fill_(about.temperature)
+        return self.preprocess
 
     def configure_model(self) -> None:
         """Share the weights out over the processes, block by block, where the strategy asks for it (FSDP)."""
@@ -339,16 +357,27 @@ class ViTClassifier(LightningModule):
 
     def on_fit_end(self) -> None:
         """Write ``model.safetensors`` from the best weights, or the last where none were measured."""
-        callback, root = self.trainer.checkpoint_callback, Path(self.trainer.default_root_dir)
+        keeper, root = keeper_of(self.trainer), Path(self.trainer.default_root_dir)
         dry = getattr(self.trainer, "fast_dev_run", False)  # keeps nothing; what lies in the folder is another run's
-        if dry or not self.trainer.is_global_zero or not isinstance(callback, ModelCheckpoint):
+        if dry or not self.trainer.is_global_zero or keeper is None:
             return
-        self.measured = bool(callback.best_model_path)
-        best = Path(callback.best_model_path) if self.measured else root / "last.ckpt"
+        self.measured = bool(keeper.best_model_path)
+        best = Path(keeper.best_model_path) if self.measured else root / "last.ckpt"
         model, about = load_checkpoint(best)
         path = root / "model.safetensors"
         save_checkpoint(path, model.state_dict(), about)
         self.exported = path, about
+
+
+class BalancedAccuracy(MulticlassAccuracy):
+    """Mean over the classes that have images of the share that is recognised, as scikit-learn's balanced accuracy.
+
+    torchmetrics counts a class without images as 0 as soon as an image is taken for it.
+    """
+
+    def compute(self) -> Tensor:
+        found, of = self.tp, self.tp + self.fn  # type: ignore[operator]
+        return (found[of > 0] / of[of > 0]).mean()  # type: ignore[index]
 
 
 def relocate(state: dict[str, Any], root: Path) -> None:

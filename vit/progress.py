@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vit.records import shown
+from vit.saving import keeper_of
 
 
 class TrainingProgress(ProgressBar):
@@ -55,7 +56,7 @@ class TrainingProgress(ProgressBar):
         self.since = self.drawn = time.monotonic()
         self.images = self.loss = 0.0
         self.accuracy, self.sent = None, None
-        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+        monitor = getattr(keeper_of(trainer), "monitor", None)
         self.metric = monitor if monitor == "val/balanced_acc" else "val/acc"
         total = trainer.estimated_stepping_batches
         columns = (
@@ -94,7 +95,7 @@ class TrainingProgress(ProgressBar):
         if trainer.global_step:
             lines.append(f"going on at step {trainer.global_step:,}")
         for line in lines:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -172,10 +173,11 @@ class TrainingProgress(ProgressBar):
         path, about = exported
         score = f", {self.metric_name} {about.metrics[self.metric]:.1%}" if self.metric in about.metrics else ""
         which = "best" if pl_module.measured else "last (nothing was validated)"
-        self.console.print(f"{which} weights{score}: {path}", highlight=False, soft_wrap=True)
-        self.console.print(
-            f"classify with them: python predict.py IMAGE --checkpoint {path}", highlight=False, soft_wrap=True
-        )
+        for line in (
+            f"{which} weights{score}: {path}",
+            f"classify with them: python predict.py IMAGE --checkpoint {path}",
+        ):
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()

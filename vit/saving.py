@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class SaveError(OSError):
@@ -49,6 +51,12 @@ class CheckpointFile(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         """Tensors, numbers and texts of a file; whatever else it holds is refused, not run."""
         return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def keeper_of(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the run's best weights: the last ModelCheckpoint, as a user's own come before it."""
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return keepers[-1] if keepers else None
 
 
 def reason(error: BaseException) -> str:
