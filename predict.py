@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--report", metavar="FILE.html", help="a page: 200 images to look into, figures of each class")
 
     group = p.add_argument_group("speed")
-    group.add_argument("--batch-size", metavar="N", type=positive, help="images computed at once [64; GPU 256]")
+    group.add_argument(
+        "--batch-size", metavar="N", type=positive, help="images computed at once; 1: each as it comes [64; GPU 256]"
+    )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
     group.add_argument(
         "--precision",

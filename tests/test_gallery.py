@@ -158,6 +158,13 @@ def test_a_report_that_cannot_be_written_is_said_before_any_work(predictor, tmp_
     assert page.read_text() == "old"
 
 
+def test_a_folder_that_cannot_take_maps_is_said_before_any_work(predictor, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "maps"):
+        with pytest.raises(OutputError, match=f"^{folder}: Not a directory$"):
+            Gallery(predictor, method="rollout", folder=str(folder), report=None)
+
+
 def test_a_run_without_images_writes_nothing(predictor, tmp_path):
     gallery = Gallery(predictor, method="rollout", folder=str(tmp_path / "maps"), report=str(tmp_path / "r.html"))
     gallery.flush(end=True)

@@ -69,6 +69,18 @@ def test_a_folder_that_may_not_be_read_takes_a_place(tmp_path):
     assert found == [Unreadable(f"{tmp_path}/closed", "Permission denied"), f"{tmp_path}/z.png"]
 
 
+def test_what_is_hidden_and_this_run_s_maps_are_no_images(tmp_path, monkeypatch):
+    """Beside a.png: what macOS leaves, a thumbnail, a cache, and the maps of the run before."""
+    touch(*(tmp_path / name for name in ("a.png", "._a.png", ".thumbs/t.png", "maps/a.png.png", "maps/sheet.png")))
+    monkeypatch.chdir(tmp_path)
+    inputs = Inputs(["."], recursive=True, maps="maps")
+    assert list(inputs) == ["./a.png"]
+    assert inputs.passed_over == {"hidden": 2}
+    assert list(Inputs([".thumbs", "._a.png"])) == [".thumbs/t.png", "._a.png"]  # where they are named
+    assert list(Inputs(["**/*.png"], maps=str(tmp_path / "maps"))) == ["a.png"]
+    assert list(Inputs(["**/*.png"])) == ["a.png", "maps/a.png.png", "maps/sheet.png"]
+
+
 def test_the_same_image_twice_is_two_images(tmp_path):
     touch(tmp_path / "a.png")
     assert list(Inputs([f"{tmp_path}/a.png", str(tmp_path)])) == [f"{tmp_path}/a.png"] * 2

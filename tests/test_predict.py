@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import predict
 from vit import Predictor
 from vit.checkpoint import Checkpoint, save_checkpoint
 from vit.faithfulness import faithfulness
+from vit.gallery import map_name
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.rollout import METHODS
@@ -362,10 +364,16 @@ def test_score_maps_says_how_far_each_map_can_be_trusted(run, images, checkpoint
 
 def test_a_map_that_cannot_be_written_is_named(run, images, tmp_path):
     (tmp_path / "file").touch()
-    code, _, err = run(images / "0/0.png", "--maps", tmp_path / "file")
-    assert code == 2
-    assert f"{tmp_path}/file/" in err
-    assert "Traceback" not in err
+    (tmp_path / "out.csv.partial").write_text("unfinished")
+    code, out, err = run(images / "0/0.png", "--maps", tmp_path / "file", "--out", tmp_path / "out.csv")
+    assert (code, out, err) == (2, "", f"predict.py: {tmp_path}/file: Not a directory\n")
+    assert (tmp_path / "out.csv.partial").read_text() == "unfinished"
+    (image := tmp_path / "a.png").write_bytes((images / "0/0.png").read_bytes())
+    (tmp_path / "maps").mkdir()
+    place = tmp_path / "maps" / map_name(str(image))
+    place.mkdir(parents=True)  # which is found out only when its turn comes
+    code, _, err = run(image, "--maps", tmp_path / "maps")
+    assert (code, err.splitlines()[-1]) == (2, f"predict.py: {place}: Is a directory")
 
 
 def test_a_report_that_cannot_be_written_costs_no_records(run, images, tmp_path):
@@ -377,6 +385,21 @@ def test_a_report_that_cannot_be_written_costs_no_records(run, images, tmp_path)
 
 
 # ---- parts and stops ---------------------------------------------------------------------------------------------
+
+
+def test_maps_are_no_images_of_the_next_run(run, images, tmp_path, monkeypatch):
+    for number in (0, 1, 2):
+        shutil.copy(images / "0" / f"{number}.png", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    options = (".", "--recursive", "--maps", "maps", "--format", "jsonl", "--out", "labels.jsonl")
+    assert run(*options)[0] == 0
+    first = Path("labels.jsonl").read_bytes()
+    assert len(list(Path("maps").rglob("*.png"))) == 4
+    code, _, err = run(*options)
+    assert (code, Path("labels.jsonl").read_bytes()) == (0, first)
+    code, _, err = run(".", "--maps", ".")
+    assert code == 2
+    assert err == "predict.py: --maps .: . lies in it; maps would be taken for images, name another\n"
 
 
 def test_shards_are_one_run(run, images):

@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -180,6 +182,24 @@ def test_a_stream_takes_no_more_than_it_needs(predictor):
     assert isinstance(next(stream), Prediction)
     assert taken <= 4 * 4
     stream.close()
+    taken = 0
+    stream = predictor.predict_iter(endless(), batch_size=1)
+    for number in (1, 2):  # as from a camera: none is waited for before this one's answer
+        assert isinstance(next(stream), Prediction)
+        assert taken == number
+    stream.close()
+
+
+def test_a_stream_left_unfinished_does_not_disturb_the_end_of_the_program(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = (
+        "import torch\nfrom vit import Predictor\n"
+        f"stream = Predictor.from_checkpoint(device='cpu').predict_iter(['{tmp_path / 'a.png'}'] * 10, batch_size=2)\n"
+        "print(next(stream).label)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
 
 
 def test_a_file_that_vanishes_meanwhile_is_a_failure_in_its_place(predictor, tmp_path):

@@ -158,6 +158,12 @@ def test_colours_go_by_the_profile():
     expected = Image.merge("RGB", (green, red, blue))  # a profile in which red is called green
     assert difference(open_image(stored(image, "PNG", icc_profile=swapped)), expected) < 2
     assert difference(open_image(stored(image, "PNG", icc_profile=b"damaged")), image) == 0
+    opaque = image.convert("RGBA")  # as a screenshot is stored
+    assert difference(open_image(stored(opaque, "PNG", icc_profile=swapped)), expected) < 2
+    few = image.quantize(16)
+    red, green, blue = few.convert("RGB").split()
+    expected = Image.merge("RGB", (green, red, blue))
+    assert difference(open_image(stored(few, "PNG", icc_profile=swapped)), expected) < 2
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
@@ -300,6 +306,8 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     assert open_image(file, min_side=600).size == (800, 600)
     assert open_image(file, min_side=601).size == (1600, 1200)
     assert open_image(file).size == (1600, 1200)
+    two = stored(photo, "MPO", save_all=True, append_images=[picture()])  # of a stereo camera, or a phone
+    assert open_image(two, min_side=200).size == (400, 300)
     full = PREPROCESS(open_image(file)).float()
     assert (PREPROCESS.load(file).float() - full).abs().mean() < 1
 

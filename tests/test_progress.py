@@ -185,6 +185,18 @@ def test_bar_shows_all_that_one_wants_to_know(clock, module, capsys):
     assert lines(capsys) == []  # no lines beside the bar
 
 
+@pytest.mark.parametrize("width", [66, 80, 100])
+def test_a_narrow_terminal_has_the_time_that_is_left(width, clock, module):
+    progress = watched()
+    progress.console = Console(file=StringIO(), force_terminal=True, width=width, legacy_windows=False)
+    train(progress, trainer_of(120), module, clock, epochs=1, seconds=4, end=False)
+    assert progress.bar is not None
+    progress.bar.refresh()
+    last = text(progress).splitlines()[-1]
+    assert re.search(r"epoch 1/120.*%.*loss 1\.\d{3}.* 50( images)?/s.* \S+:\d\d:\d\d\s+left", last), last
+    assert "…" not in last
+
+
 def test_loss_is_read_a_few_times_a_second_only(clock, module):
     """Reading waits for the device."""
 

@@ -73,6 +73,16 @@ def test_table_lets_no_name_move_the_terminal():
     assert "unsure" in text
 
 
+def test_table_fits_the_terminal():
+    names = ("airplane", "cat", "dog", "truck")
+    record = {"path": "a.png", "predictions": [{"label": name, "score": 0.25} for name in names], "unsure": True}
+    for width, classes in ((200, 4), (80, 2), (20, 1)):
+        line = Table(names, width=width).record(record).decode().rstrip()
+        assert line.count("25.0%") == classes
+        assert len(line) <= width or classes == 1
+        assert line.endswith("   unsure")
+
+
 def test_table_says_how_far_a_map_can_be_trusted():
     record = {**RECORDS[0], "map_score": 0.4149}
     assert Table(("cat", "dog")).record(record).decode().rstrip().endswith("map score +0.41")

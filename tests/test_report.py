@@ -19,7 +19,7 @@ from vit.preprocess import Preprocess
 from vit.report import TOP, write_report
 from vit.survey import COARSEST, SURVEYED
 
-NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck", "lorry", "van")
+NAMES = ("airplane", "data", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck", "lorry", "van")
 ABOUT = Checkpoint(
     architecture={"depth": 2, "num_heads": 3},
     class_names=NAMES,

@@ -107,6 +107,12 @@ def test_any_mode(mode):
     assert overlay(photograph(40, 30, mode), GRID).mode == "RGB"
 
 
+def test_more_than_8_bits_are_seen_as_the_model_sees_them():
+    levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    panel = np.asarray(overlay(Image.fromarray(levels), GRID, size=64))
+    assert abs(panel[:, :64].mean() - 127) < 3
+
+
 def test_original_stands_beside_the_map():
     image = photograph(400, 300)
     panel = overlay(image, GRID)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from errno import EACCES, ENOTDIR
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Gallery:
         shard: Which part of the run this is, of how many.
 
     Raises:
-        OutputError: If the report cannot be written, before there is any work in it.
+        OutputError: If the report or the folder cannot be written, before there is any work in it.
     """
 
     def __init__(
@@ -100,6 +101,9 @@ class Gallery:
         if report:
             with _named(report):
                 _try(report)
+        if folder:
+            with _named(folder):
+                _try_folder(Path(folder))
 
     def add(
         self, paths: Sequence[str], grids: Iterable[Tensor], scores: Sequence[Mapping[str, float]]
@@ -171,6 +175,16 @@ def _try(file: str) -> None:
     open(file, "ab").close()
     if not there:
         Path(file).unlink(missing_ok=True)
+
+
+def _try_folder(folder: Path) -> None:
+    """See that files can be put into a folder, or that it can be made; nothing is made yet, as there may be none."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(EACCES, os.strerror(EACCES))
 
 
 def _small(entry: dict[str, Any]) -> dict[str, Any]:

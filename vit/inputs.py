@@ -38,12 +38,14 @@ class Inputs:
         sources: Files, folders, globs with ``*``, ``?``, ``[...]`` and ``**``, or ``-``: paths on ``stdin``.
         recursive: Whether folders are searched with their subfolders.
         stdin: Binary stream of paths, a line each, or each ended by a zero byte as ``find -print0`` writes them.
-        passed_over: Files in folders that were left out because of their suffix, counted by suffix.
+        maps: Folder in which this run puts pictures: none of them is an image of it.
+        passed_over: Files in folders that were left out because of their suffix, counted by suffix; what is hidden too.
     """
 
     sources: Iterable[str]
     recursive: bool = False
     stdin: BinaryIO | None = None
+    maps: str | None = None
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[str | Unreadable]:
@@ -54,9 +56,12 @@ class Inputs:
             elif os.path.isdir(source):
                 yield from self._one_at_least(source)
             elif glob.has_magic(source) and not os.path.lexists(source):
-                yield from _or(expand(source), Unreadable(source, "no file matches"))
+                yield from _or(self._outside(expand(source)), Unreadable(source, "no file matches"))
             else:
                 yield source
+
+    def _outside(self, paths: Iterator[str]) -> Iterator[str]:
+        return (path for path in paths if self.maps is None or not within(path, self.maps))
 
     def _one_at_least(self, folder: str) -> Iterator[str | Unreadable]:
         hint = "" if self.recursive else "; --recursive looks into its subfolders"
@@ -72,17 +77,25 @@ class Inputs:
             yield Unreadable(folder, error.strerror or str(error))
             return
         identity = (status.st_dev, status.st_ino)
-        if identity in above:
+        if identity in above or (self.maps and within(folder, self.maps)):
             return
         for name, is_folder in names:
             path = os.path.join(folder, name)
-            if is_folder:
+            if name.startswith("."):  # a thumbnail, what macOS writes beside each file, a cache
+                self.passed_over["hidden"] += self.recursive or not is_folder
+            elif is_folder:
                 if self.recursive:
                     yield from self._walk(path, (*above, identity))
             elif (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
                 yield path
             else:
                 self.passed_over[suffix] += 1
+
+
+def within(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it; links are not followed."""
+    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:

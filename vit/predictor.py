@@ -243,7 +243,8 @@ class Predictor:
 
         Args:
             images: Each as for ``predict``.
-            batch_size: Images computed at once; none for one that suits the device.
+            batch_size: Images computed at once, while those of two batches more are decoded; 1 answers each image
+                before it takes the next, as a camera wants; none for one that suits the device.
             workers: Threads that decode; none for one that suits the machine.
 
         Raises:
@@ -318,7 +319,7 @@ class Predictor:
         score_maps: bool = False,
         workers: int | None = None,
     ) -> Iterator[Batch]:
-        """Batches of sources, in order; the next ones are decoded while one is computed.
+        """Batches of sources, in order; the next ones are decoded while one is computed, unless it is of one image.
 
         The scores of a batch depend on nothing but its sources, so a run that starts at any batch gives the same bits.
 
@@ -333,12 +334,14 @@ class Predictor:
         try:
             for sources in batches:
                 waiting.append((sources, [pool.submit(self._decode, source) for source in sources]))
-                if len(waiting) > AHEAD:
+                if len(waiting) > (AHEAD if len(sources) > 1 else 0):
                     yield self._compute(*waiting.popleft(), methods, score_maps)
             while waiting:
                 yield self._compute(*waiting.popleft(), methods, score_maps)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in (future for _, futures in waiting for future in futures):
+                future.cancel()  # not by shutdown, which fails where the interpreter ends before this generator
+            pool.shutdown(wait=False)
 
     def _decode(self, source: Source | Unreadable) -> Tensor | ImageError:
         if isinstance(source, Unreadable):

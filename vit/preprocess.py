@@ -72,7 +72,7 @@ def open_image(
             raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
         with Image.open(source, formats=FORMATS) as image:
             refuse_bomb(image)
-            if min_side is not None and image.format == "JPEG":
+            if min_side is not None and image.format in ("JPEG", "MPO"):  # MPO: several of them, the first counts
                 scale = min_side / min(image.size)
                 image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
             with _one_large if image.width * image.height > LARGE else nullcontext():
@@ -140,12 +140,14 @@ def to_mode(image: Image.Image, mode: str, white: float | None = None) -> Image.
     """Convert any Pillow mode to RGB or L without the silent losses of ``convert``."""
     if deep(image):
         image = scaled_to_8_bits(image, white)
+    opacity = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode in ("RGBA", "P", "PA"):
+        image = image.convert("RGB")
     if image.mode in ("RGB", "CMYK", "LAB"):
         image = to_srgb(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    if opacity is not None:
         paper = Image.new("RGB", image.size, "white")
-        paper.paste(image, mask=image.getchannel("A"))
+        paper.paste(image, mask=opacity)
         image = paper
     return image if image.mode == mode else image.convert(mode)
 

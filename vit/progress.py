@@ -17,6 +17,8 @@ from torch import Tensor
 from vit.records import shown
 from vit.saving import keeper_of
 
+WIDE = 100  # columns of a terminal in which the bar, the time gone and all words have room
+
 
 class TrainingProgress(ProgressBar):
     """One bar for the whole run in a terminal, one line an epoch (and at most one a few seconds) elsewhere.
@@ -59,14 +61,15 @@ class TrainingProgress(ProgressBar):
         monitor = getattr(keeper_of(trainer), "monitor", None)
         self.metric = monitor if monitor == "val/balanced_acc" else "val/acc"
         total = trainer.estimated_stepping_batches
+        wide = self.console.width >= WIDE
+        self.unit = " images/s" if wide else "/s"
         columns = (
-            SpinnerColumn(),
+            *((SpinnerColumn(),) if wide else ()),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
+            *((BarColumn(bar_width=None),) if wide else ()),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("gone,"),
+            *((TimeElapsedColumn(), TextColumn("gone,")) if wide else ()),
             TimeRemainingColumn(),
             TextColumn("left"),
         )
@@ -137,7 +140,7 @@ class TrainingProgress(ProgressBar):
         numbers = [f"loss {self.loss:.3f}"]
         if self.accuracy is not None:
             numbers.append(f"{self.metric_name} {self.accuracy:.1%}")
-        numbers.append(f"{self.rate:,.0f} images/s")
+        numbers.append(f"{self.rate:,.0f}{self.unit}")
         self.bar.update(
             self.task,
             completed=trainer.global_step,

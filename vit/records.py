@@ -202,9 +202,11 @@ class Table(Format):
 
     Args:
         labels: All class names, for the width of their column.
+        width: Of the terminal, which has as many classes of a record as fit, at least one; none for all of them.
     """
 
-    def __init__(self, labels: tuple[str, ...]):
+    def __init__(self, labels: tuple[str, ...], width: int | None = None):
+        self.width = width
         self.label_width = min(24, max(map(len, labels)))
         self.path_width = 20
 
@@ -217,9 +219,13 @@ class Table(Format):
         if "error" in record:
             text = f"error: {printable(record['error'])}"
         else:
-            cells = (f"{printable(p['label']):<{self.label_width}} {p['score']:6.1%}" for p in record["predictions"])
-            text = "   ".join(cells) + ("   unsure" if record.get("unsure") else "")
-            text += f"   map score {record['map_score']:+.2f}" if "map_score" in record else ""
+            cells = [f"{printable(p['label']):<{self.label_width}} {p['score']:6.1%}" for p in record["predictions"]]
+            more = "   unsure" if record.get("unsure") else ""
+            more += f"   map score {record['map_score']:+.2f}" if "map_score" in record else ""
+            if self.width is not None:
+                room = self.width - max(self.path_width, len(path)) - len(more)
+                cells = cells[: max(1, room // (len(cells[0]) + 3))]
+            text = "   ".join(cells) + more
         return f"{path:<{self.path_width}}   {text}\n".encode("utf-8", "backslashreplace")
 
 

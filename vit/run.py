@@ -5,6 +5,7 @@ Imports are late: an interrupt while torch loads ends as quietly as any other.
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -106,7 +107,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
     import torch
 
     from vit.cluster import ClusterError
-    from vit.inputs import Inputs
+    from vit.inputs import Inputs, within
     from vit.memory import keep_freed_memory
     from vit.predictor import Predictor
     from vit.records import Output, OutputError
@@ -121,8 +122,12 @@ def load_and_classify(options: argparse.Namespace) -> int:
         return USAGE
     if options.classes:
         return write_classes(predictor.class_names)
+    for source in options.sources if options.maps else ():
+        if os.path.isdir(source) and within(source, options.maps):
+            say(f"predict.py: --maps {options.maps}: {source} lies in it; maps would be taken for images, name another")
+            return USAGE
     stdin = sys.stdin.buffer if "-" in options.sources else None
-    inputs = Inputs(options.sources, recursive=options.recursive, stdin=stdin)
+    inputs = Inputs(options.sources, recursive=options.recursive, stdin=stdin, maps=options.maps)
     summary = Summary()
     try:
         gallery = gallery_of(options, predictor)  # first: where it cannot write, nothing is touched
@@ -131,7 +136,10 @@ def load_and_classify(options: argparse.Namespace) -> int:
             hint = "; --resume would have gone on with them" if resumable(options) else ""
             say(f"predict.py: {output.partial}: the records of an unfinished run were discarded{hint}")
         try:
-            with engine(options, predictor) as work, progress(options, inputs) as advance:
+            with (
+                engine(options, predictor) as work,
+                progress(options, inputs, options.batch_size or work.batch_size) as advance,
+            ):
                 classify(options, predictor, gallery, work, inputs, output, summary, advance)
             output.finish()
         finally:
@@ -204,7 +212,8 @@ def record_format(options: argparse.Namespace, predictor: "Predictor") -> "Forma
     if options.format in ("csv", "parquet"):
         return (records.Csv if options.format == "csv" else records.Parquet)(top_k, extra)
     if options.format == "table":
-        return records.Table(predictor.class_names)
+        terminal = options.out is None and sys.stdout is not None and sys.stdout.isatty()
+        return records.Table(predictor.class_names, width=shutil.get_terminal_size().columns if terminal else None)
     return records.Json() if options.format == "json" else records.JsonLines()
 
 
@@ -232,7 +241,8 @@ def is_long(options: argparse.Namespace) -> bool:
     """Whether LONG images are to come; the same for all shards and for a run that is gone on with."""
     from vit.inputs import Inputs
 
-    inputs = Inputs(options.sources, recursive=options.recursive)  # those on standard input are not known beforehand
+    # Those on standard input are not known beforehand.
+    inputs = Inputs(options.sources, recursive=options.recursive, maps=options.maps)
     return next(islice(inputs, LONG - 1, None), None) is not None
 
 
@@ -397,7 +407,7 @@ class Summary:
 
 
 @contextmanager
-def progress(options: argparse.Namespace, inputs: "Inputs") -> Iterator[Callable[[int], None]]:
+def progress(options: argparse.Namespace, inputs: "Inputs", batch_size: int) -> Iterator[Callable[[int], None]]:
     """A bar on standard error, if that is a terminal and records do not scroll through it; gives the step function."""
     if not sys.stderr.isatty() or (options.out is None and os.isatty(1)):
         yield lambda n: None
@@ -427,11 +437,13 @@ def progress(options: argparse.Namespace, inputs: "Inputs") -> Iterator[Callable
 
         def count() -> None:  # beside the work, so that a million files need not be listed first
             total = 0
-            for _ in Inputs(options.sources, recursive=options.recursive):
+            for _ in Inputs(options.sources, recursive=options.recursive, maps=options.maps):
                 total += 1
                 if stop.is_set():
                     return
-            bar.update(task, total=-(-total // options.shard[1]), left="left")
+            part, parts = options.shard
+            starts = range((part - 1) * batch_size, total, parts * batch_size)
+            bar.update(task, total=sum(min(batch_size, total - start) for start in starts), left="left")
 
         if inputs.stdin is None:
             threading.Thread(target=count, daemon=True).start()

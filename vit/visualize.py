@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vit.preprocess import to_mode
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 COLORS = "inferno"  # perceptually uniform: equal steps look equal, in grey print and to the colour-blind too
@@ -42,7 +44,7 @@ def overlay(
     scale = (size or min(max(*image.size, SMALLEST), LARGEST)) / max(image.size)
     if scale > 1 and max(image.size) <= PIXELATED and size is None:
         scale = max(1, round(scale))  # whole pixels
-    left = resized(image.convert("RGB"), max(1, round(width * scale)), max(1, round(height * scale)))
+    left = resized(to_mode(image, "RGB"), max(1, round(width * scale)), max(1, round(height * scale)))
     right = heat(left, grid, box=None if box is None else tuple(v * scale for v in box))  # pyright: ignore
     gap = max(4, left.width // 50)
     panel = Image.new("RGB", (2 * left.width + gap, left.height), PAPER)
