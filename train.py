@@ -52,6 +52,10 @@ MEASURED = {  # what can be monitored, and which way it is better
     **dict.fromkeys(("train/loss", "val/loss", "val/ece"), "min"),
     **dict.fromkeys(("val/acc", "val/balanced_acc", "val/acc5"), "max"),
 }
+REFUSED = {  # callbacks of Lightning, and why
+    "StochasticWeightAveraging": "averages behind the last save; EMAWeightAveraging is kept in checkpoints",
+    "LearningRateFinder": "trains by a schedule of its own, which ours does not leave room for; try values of model.lr",
+}
 RESULTS = ("last.ckpt", "best.ckpt", "model.safetensors")  # of a run, in its folder
 UNUSABLE = (ValueError, OSError, MisconfigurationException)  # a setting or a file
 ARCHITECTURE = set(signature(VisionTransformer).parameters)
@@ -195,10 +199,14 @@ class TrainCLI(LightningCLI):
         """One run in a folder: an earlier one is put aside, one that has ended is not started again by a loop."""
         root, path = Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path")
         last, exported = root / "last.ckpt", root / "model.safetensors"
+        data, keeper = self.datamodule, keeper_of(self.trainer)
+        validated = self.trainer.limit_val_batches != 0 and (data.source.val is not None or data.val_fraction)
         for callback in cast(Any, self.trainer).callbacks:
-            if getattr(callback, "monitor", None) == "val/acc5" and (classes := len(self.model.class_names)) <= 5:
-                name = type(callback).__name__
+            name, monitor = type(callback).__name__, getattr(callback, "monitor", None) or ""
+            if monitor == "val/acc5" and (classes := len(self.model.class_names)) <= 5:
                 raise ValueError(f"{name}: monitor val/acc5 is not measured of {classes} classes; give val/acc")
+            if monitor.startswith("val/") and not validated and callback is not keeper:
+                raise ValueError(f"{name}: monitor {monitor} is not measured: there is no validation")
         if path is None or (path == "last" and not last.exists()):
             start, results = self.model.pretrained, [(root / name).resolve() for name in RESULTS]
             if start and Path(start).resolve() in results:
@@ -223,7 +231,6 @@ class TrainCLI(LightningCLI):
             before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
             if before != now:
                 raise ValueError(f"{file}: trained with model.{name} {before}, which cannot become {now}; {anew}")
-        keeper = keeper_of(self.trainer)
         chosen = [m[1] for key in state["callbacks"] if (m := re.match(r"ModelCheckpoint{'monitor': '?([\w/]+)", key))]
         if keeper and chosen and str(keeper.monitor) not in chosen:  # Lightning would forget the best
             words = f"checkpoint.monitor {chosen[-1]}, which cannot become {keeper.monitor}"
@@ -269,6 +276,13 @@ class TrainCLI(LightningCLI):
         for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
             if config[name] == 0:
                 raise ValueError(f"trainer.{name} must be above 0")
+        for part, of in {"model": (ViTClassifier, VisionTransformer), "data": (ImageDataModule,)}.items():
+            given = self._get(self.config, part)
+            for name, setting in chain.from_iterable(signature(each).parameters.items() for each in of):
+                if name not in FACTS and setting.default is not None and given.get(name, setting) is None:
+                    raise ValueError(f"{part}.{name} cannot be null; leave it out for its default")
+        if config["max_steps"] is None:
+            raise ValueError("trainer.max_steps cannot be null; -1 is no limit")
         if config["max_epochs"] == 0 or config["max_steps"] == 0:
             raise ValueError("trainer.max_epochs and max_steps must be above 0; `validate` and `test` measure")
         if config["overfit_batches"]:
@@ -286,8 +300,8 @@ class TrainCLI(LightningCLI):
             check_monitor("checkpoint", self._get(self.config, "checkpoint"))
             for callback in several(config["callbacks"]):
                 name = callback["class_path"].rpartition(".")[2]
-                if name == "StochasticWeightAveraging":
-                    raise ValueError(f"{name} averages behind the last save; EMAWeightAveraging is kept in checkpoints")
+                if name in REFUSED:
+                    raise ValueError(f"{name} {REFUSED[name]}")
                 check_monitor(name, callback.get("init_args") or {})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

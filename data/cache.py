@@ -12,7 +12,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
 
 VERSION = 2  # part of every cache file's name: raise it when decoding or the layout changes
+SAMPLED = 16  # files of a split whose beginnings are part of a cache file's name
 LIMIT = 2 * 2**30  # bytes of pixels of one split; larger ones are decoded batch by batch
 CHUNK = 2**19  # bytes of pixels that a worker sends back at a time: containers are short of shared memory
 SAMPLE = 2000  # images that stand for a split too large for the cache, or for a stream
@@ -141,7 +142,7 @@ class ImageFiles:
 
     @cached_property
     def key(self) -> str:
-        """Fingerprint of what decoding gives: paths, sizes and times of change, and how they are decoded."""
+        """Fingerprint of what decoding gives: paths, sizes, times of change, some contents, and how it decodes."""
         white = () if self.preprocess.white is None else (self.preprocess.white,)
         settings = (VERSION, self.preprocess.image_size, self.preprocess.mode, self.size_from is None, *white)
         digest = hashlib.sha256(repr(settings).encode())
@@ -152,6 +153,10 @@ class ImageFiles:
             except OSError:  # a link to nowhere: opening it will say so
                 size, changed = -1, 0
             digest.update(b"%s\0%d\0%d\0" % (name, size, changed))
+        sample = self.sample(SAMPLED)  # two sets out of archives may agree in all of that
+        for index in range(len(sample)):
+            with suppress(OSError), open(sample.path(index), "rb") as file:
+                digest.update(file.read(2**16))
         return digest.hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """Images of one data set, in batches: uint8 up to the device, normalised and augmented there."""
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.augment import DRAWS, Augment, epoch_key, uniform
-from data.cache import OnBad
+from data.cache import OnBad, say_once
 from data.sources import DataError, Source, Split, Stream, load_source, stratified_split
 from data.stream import StreamDataset, StreamOrder, even
 from vit.preprocess import Preprocess
@@ -327,10 +328,27 @@ class ImageDataModule(LightningDataModule):
         return -(-batches // trainer.accumulate_grad_batches)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.trainer.global_step if self.trainer else 0}
+        steps = self.trainer.global_step if self.trainer else 0
+        return {"steps": steps, "dataset": self.dataset, "held_out": self.held_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.resumed = state_dict["steps"]
+        before, trainer = state_dict.get("held_out"), self.trainer
+        if before is None or trainer is None or trainer.state.fn == "test" or state_dict["dataset"] != self.dataset:
+            return
+        if before != self.held_out:
+            say_once(
+                f"{self.dataset}: other images are held out than before, as the data or data.val_fraction changed; the "
+                "model has trained on some of them, and validation finds it better than it is"
+            )
+
+    @property
+    def held_out(self) -> str | None:
+        """Fingerprint of the images that are held out of the training images; none where the set has its own."""
+        if not isinstance(self.val, SplitDataset) or self.source.val is not None:
+            return None
+        places = torch.cat([self.val.subset, torch.tensor([len(self.val.split.labels)])])
+        return hashlib.sha256(places.numpy().tobytes()).hexdigest()[:16]
 
     def train_dataloader(self) -> DataLoader:
         places = {"size": len(self.train), "batch_size": self.batch_size, "position": self.position, **self._rank()}

@@ -193,11 +193,15 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     if not rows:
         raise DataError(f"{file}: has no rows below its header")
     parts: dict[str, list[tuple[str, str]]] = {}
+    seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in ("path", "label", "split")}
         if missing := next((name for name in ("path", "label") if not values[name]), None):
             found = ", ".join(map(str, row)) if missing not in row else f"row {number} is empty there"
             raise DataError(f"{file}: needs a column {missing!r} for each image, but {found}")
+        if (first := seen.setdefault(os.path.normpath(values["path"]), number)) != number:
+            twice = f"rows {first} and {number} are both {values['path']}"
+            raise DataError(f"{file}: {twice}: name each image once (data.balance shows small classes more often)")
         parts.setdefault(split_of(values["split"] or "train"), []).append((values["path"], composed(values["label"])))
     if odd := set(parts) - set(SPLITS):
         raise DataError(f"{file}: split {min(odd)!r} is none of {', '.join(SPLITS)}")
@@ -236,6 +240,8 @@ def read_table(file: Path) -> Iterable[dict[str, Any]]:
         path = str(row.get("path") or "")
         if not path.isascii() and any("\udc80" <= c <= "\udcff" for c in path) and not (file.parent / path).exists():
             raise DataError(f"{file}: row {number} is no UTF-8: save the table as UTF-8")
+        if any("\udc80" <= c <= "\udcff" for c in str(row.get("label") or "")):
+            raise DataError(f"{file}: the label of row {number} is no UTF-8: save the table as UTF-8")
     return rows
 
 

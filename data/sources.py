@@ -134,6 +134,8 @@ def load_source(
     if white is not None and not 0 < white < math.inf:
         raise DataError(f"data.white is {white}, it must be above 0")
     kind, slash, rest = dataset.partition("/")
+    if dataset in ("digits", *CIFAR_STATISTICS) and Path(dataset).is_dir():
+        say_once(f"{dataset}: the data set of that name; the folder here is --data.dataset ./{dataset}")
     options = Options(
         root=Path(root).expanduser(), image_size=size, num_workers=num_workers, on_bad=on_bad, white=white
     )
@@ -230,6 +232,8 @@ def load_files(dataset: str, options: Options) -> Source:
     if whole.is_file() and whole.suffix.lower() in TABLES:
         class_names, parts = list_table(whole)
     else:
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise DataError(f"data.dataset {dataset!r} has a folder twice, and would train on what it holds out")
         for path in paths:
             if not path.is_dir():
                 what = "is a file" if path.exists() else "is no folder and no known data set"

@@ -297,6 +297,9 @@ def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.
         for key, files in groupby((file for file in tar if file.isreg()), lambda file: parts(file)[0]):
             endings = {parts(file)[1]: file for file in files}
             image = next((file for ending, file in endings.items() if ending in SUFFIXES), None)
+            if image is None and (odd := [e for e in endings if e[e.rfind(".") :] in SUFFIXES]):
+                names = f"{key.strip('/')}{odd[0]}"
+                raise DataError(f"{path}: {names}: what is behind the first dot is the kind of a file: rename it")
             if image is not None:
                 yield f"{path}{key if key.startswith('/') else f'/{key}'}", image, endings.get(".cls")
     except (OSError, tarfile.TarError, EOFError) as error:
@@ -338,6 +341,9 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
         class_names = class_names or tuple(map(str, range(classes)))
         if classes > len(class_names):
             raise DataError(f"{listed} has {len(class_names)} names, but there is a class number {classes - 1}")
+    for split, paths in splits.items():
+        if not sum(lengths[path] for path in paths):
+            raise DataError(f"{folder}: no image in the tar files for {split} ({os.path.basename(paths[0])}, ...)")
     shards = {s: TarShards(files=tuple(p), lengths=tuple(lengths[file] for file in p)) for s, p in splits.items()}
     return class_names, shards
 
@@ -345,7 +351,11 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
 def read_classes(path: Path) -> tuple[str, ...]:
     """Class names, one a line, in the order of the class numbers."""
     lines: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().rstrip().splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is no UTF-8: save it as UTF-8") from None
+    for number, line in enumerate(text.rstrip().splitlines(), 1):
         name = line.strip()
         if not name:  # dropped, it would shift the names below it
             raise DataError(f"{path}: line {number} is empty, but each line is the name of a class: fill or remove it")

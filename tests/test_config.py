@@ -11,6 +11,11 @@ MISTAKES = {
     "tab": (b"model:\n\tlr: 1\n", ", line 2: a tab, where YAML wants spaces"),
     "twice": (b"model:\n  lr: 1\n  depth: 2\n  lr: 2\n", ", line 4: 'lr' is there twice"),
     "twice at the top": (b"model: {}\ndata: {}\nmodel: {}\n", ", line 3: 'model' is there twice"),
+    "no value": (
+        b"data:\n  dataset: digits\n  augment:\n    # flip: 0.5\n",
+        ", line 3: 'augment' has no value; ",
+    ),
+    "no value at the top": (b"data:\nmodel: {}\n", ", line 1: 'data' has no value; give it one, or null, or remove it"),
     "latin": ("model:\n  depth: 2 # grö\n".encode("latin-1"), ", line 2: no UTF-8; save the file as UTF-8"),
     "open bracket": (b"model:\n  resolution: [[0.4, 0.5]\ndata: {}\n", ", line 3: "),
     "empty": (b"", ": holds no settings"),
@@ -34,7 +39,7 @@ def test_ours_are_good_and_merge_keys_are_no_repetition(tmp_path):
     for path in Path(__file__).parent.parent.glob("configs/*.yaml"):
         check_config(path)
     path = tmp_path / "anchors.yaml"
-    path.write_text("model: &small\n  depth: 2\nmore:\n  <<: *small\n  depth: 3\n")
+    path.write_text("model: &small\n  depth: 2\nmore:\n  <<: *small\n  depth: 3\n  a: null\n  b: ''\n  c: ~\n")
     check_config(path)
     check_config(tmp_path / "none.yaml")  # the parser says so
 

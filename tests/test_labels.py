@@ -111,6 +111,7 @@ def test_a_table_of_a_spreadsheet(tmp_path, load, rows, separator):
             r"labels.csv: row 2 is no UTF-8: save the table as",
         ),
         ("path,label\na.png,x\n".encode("utf-16"), r"labels.csv: .* UTF-8"),
+        ("path,label\na.png,x\nb.png,K\xe4fer\n".encode("latin-1"), r"labels.csv: the label of row 2 is no UTF-8"),
     ],
 )
 def test_a_table_in_another_encoding_or_without_rows(tmp_path, content, message):
@@ -145,12 +146,16 @@ def test_accents_are_the_same_however_they_are_stored(tmp_path, load):
         ([{"path": "a", "label": "cat"}], r"labels.csv: 1 classes in the training images, two or more are needed"),
         ([{"path": "a", "label": "x", "split": "fold3"}], r"labels.csv: split 'fold3' is none of train, val, test"),
         (
-            [{"path": "a", "label": c, "split": s} for c, s in (("x", ""), ("y", ""), ("z", "val"))],
+            [{"path": c, "label": c, "split": s} for c, s in (("x", ""), ("y", ""), ("z", "val"))],
             r"labels.csv: class 'z' of the val images is none of the training images",
         ),
         (
-            [{"path": "a", "label": c} for c in "xxy"],
+            [{"path": f"{i}", "label": c} for i, c in enumerate("xxy")],
             r"labels.csv: class 'y' has one image, too few to train and validate",
+        ),
+        (
+            [{"path": p, "label": "x", "split": s} for p, s in (("a", ""), ("b", ""), ("./a", "val"))],
+            r"labels.csv: rows 1 and 3 are both ./a: name each image once",
         ),
     ],
 )
@@ -200,6 +205,18 @@ def test_several_folders_are_one_set_with_the_union_of_their_classes(load, two):
 def test_a_folder_may_have_a_comma_in_its_name(tmp_path, load, two):
     two[0].rename(tmp_path / "x, y")
     assert load(tmp_path / "x, y").class_names == ("cat", "dog")
+
+
+def test_a_folder_given_twice_is_refused(load, two):
+    with pytest.raises(DataError, match="has a folder twice, and would train on what it holds out"):
+        load(f"{two[0]},{two[1]},{two[0]}/")
+
+
+def test_a_folder_called_like_a_known_set_is_mentioned(load, tmp_path, monkeypatch, capsys):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert len(load("digits").train) > 1000
+    assert capsys.readouterr().err == "digits: the data set of that name; the folder here is --data.dataset ./digits\n"
 
 
 def test_one_of_several_folders_missing_is_named(load, two):

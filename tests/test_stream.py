@@ -245,6 +245,11 @@ def test_class_names_that_would_shift_or_merge_classes_are_refused(tmp_path, sha
         load_tars(shards, tmp_path)
     (shards / "classes.txt").write_text("cat\ndog\nred fox\n\n\n")  # empty lines at the end are no classes
     assert load_tars(shards, tmp_path)[0] == ("cat", "dog", "red fox")
+    (shards / "classes.txt").write_text("cat\ndog\nred fox\n", "utf-8-sig")  # as Windows' editor writes it
+    assert load_tars(shards, tmp_path)[0] == ("cat", "dog", "red fox")
+    (shards / "classes.txt").write_text("K\xe4fer\ndog\nred fox\n", "latin-1")
+    with pytest.raises(DataError, match=r"classes.txt: is no UTF-8"):
+        load_tars(shards, tmp_path)
 
 
 def test_timms_info_gives_the_splits_and_saves_the_count(tmp_path, shards, monkeypatch):
@@ -367,6 +372,11 @@ def test_validation_is_held_out_by_shards(shards):
         ({"a.png": encoded(1)}, "a: no class number in a file of that name with the ending .cls"),
         ({"a.png": encoded(1), "a.cls": b"cat"}, "a: no class number"),
         ({"a.png": b"no image", "a.cls": b"0"}, "train-0.tar/a: not an image of a known format"),
+        (
+            {"a.3.png": encoded(1), "a.3.cls": b"0"},
+            "train-0.tar: a.3.png: what is behind the first dot is",
+        ),
+        ({"a.txt": b"", "a.cls": b"0"}, "no image in the tar files for train "),
     ],
 )
 def test_unusable_tars_are_one_line(tmp_path, files, message):

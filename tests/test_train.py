@@ -550,6 +550,16 @@ def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_pat
     assert [part["best_model_path"] for part in state.values() if "dirpath" in part] == [str(two / "best.ckpt")]
 
 
+def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, capfd):
+    """Half of the images as validation images: most of them it has trained on."""
+    assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    held_out = "digits: other images are held out than before"
+    for command, option, said in (("validate", "0.1", False), ("validate", "0.5", True), ("test", "0.5", False)):
+        capfd.readouterr()
+        assert run(command, tmp_path, "--ckpt_path=last", f"--data.val_fraction={option}") == 0
+        assert (held_out in capfd.readouterr().err) == said, (command, option)
+
+
 def test_a_run_goes_on_in_another_folder_and_what_was_there_is_put_aside(tmp_path, monkeypatch, capfd):
     """Its best comes along, and nothing of the run that was there is taken for it."""
     monkeypatch.setitem(train.MEASURED, "val/loss", "max")  # that of the first epoch is the best, as above
@@ -681,6 +691,11 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"],
             "StochasticWeightAveraging averages behind the last save; EMAWeightAveraging is kept",
         ),
+        "nothing to stop by": (
+            ["--data.val_fraction=0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"],
+            "EarlyStopping: monitor val/loss is not measured: there is no validation",
+        ),
+        "finder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder trains by a schedule of its own"),
         "no batches": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches must be above 0"),
         "resolution": (["--model.resolution=[[0.5, 0.6]]"], "model.resolution: 0.6 of 8x8: image height 5 is not a"),
         "a file as folder": ([f"--trainer.default_root_dir={garbage}"], f"default_root_dir {garbage}: cannot be made"),
@@ -699,6 +714,23 @@ def test_mistake_is_one_line(tmp_path, capfd, case):
     assert said[0].startswith("train.py: ")
     assert message in said[0]
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "default"),
+    [
+        ("data.batch_size", "leave it out for its default"),
+        ("data.augment", "leave it out for its default"),
+        ("model.resolution", "leave it out for its default"),
+        ("model.embed_dim", "leave it out for its default"),
+        ("trainer.max_steps", "-1 is no limit"),
+    ],
+)
+def test_null_in_a_file_is_one_line(tmp_path, capsys, setting, default):
+    part, _, name = setting.partition(".")
+    (path := tmp_path / "mine.yaml").write_text(f"{part}:\n  {name}: null\n")
+    assert run("fit", tmp_path / "run", f"--config={path}") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"train.py: {setting} cannot be null; {default}"
 
 
 def test_bad_images_are_known_before_the_first_step(tmp_path, capfd, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from inspect import signature
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -330,11 +331,15 @@ class ViTClassifier(LightningModule):
 
     def refuse_other(self, theirs: dict[str, Any]) -> None:
         """Refuse the description of a checkpoint whose weights are not for this model, its classes or its images."""
-        ours = {**self.vit.architecture, "class_names": self.class_names}
+        ours = self.vit.architecture
+        for number, (was, now) in enumerate(zip_longest(theirs["class_names"], self.class_names)):
+            if was != now:  # there may be thousands, of which one says it
+                counts = f"of {len(theirs['class_names'])} classes and of {len(self.class_names)}"
+                raise ValueError(f"the checkpoint's class {number} is {was}, here it is {now}, {counts}")
         before = {
             name: p.default for name, p in signature(VisionTransformer).parameters.items()
         }  # older files lack some
-        for name, value in {**before, **theirs["architecture"], "class_names": theirs["class_names"]}.items():
+        for name, value in {**before, **theirs["architecture"]}.items():
             if ours[name] != value:
                 raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
         if (white := theirs["preprocess"].get("white")) != self.preprocess.white:

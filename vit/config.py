@@ -11,13 +11,17 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that comes twice is an error: the first one would be ignored."""
+    """YAML in which a key that comes twice is an error, as the first one would be ignored, and one without a value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, key in enumerate(keys):
             if key.value in [other.value for other in keys[:number]]:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        for key, value in node.value:
+            if isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
+                why = f"{key.value!r} has no value; give it one, or null, or remove it"
+                raise yaml.constructor.ConstructorError(None, None, why, key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -28,7 +32,7 @@ def check_config(path: str | Path) -> None:
         path: The file; one that is not there, or no file, is left to the parser.
 
     Raises:
-        ConfigError: If it is no text, no YAML, holds no settings, or has a key twice.
+        ConfigError: If it is no text, no YAML, holds no settings, or has a key twice or without a value.
     """
     path = Path(path)
     if not path.is_file():

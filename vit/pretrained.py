@@ -57,6 +57,8 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     """
     text = str(source)
     name, equals, file = text.partition("=")
+    if text == "cifar10":  # also where there is a folder of that name: that is ./cifar10
+        return load_checkpoint(SHIPPED)
     if Path(source).is_dir():
         if not Path(source, "config.json").is_file():
             raise CheckpointError(f"{source}: a folder without a config.json; name the file in it")
@@ -72,8 +74,6 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
                 f"{source}: plain weights do not say what model they are of; write TIMM_NAME={source}, or name the "
                 "folder with its config.json"
             ) from error
-    if text == "cifar10":
-        return load_checkpoint(SHIPPED)
     if equals and timm.is_model(_architecture_name(name)):
         if not Path(file).is_file():
             raise CheckpointError(f"{file}: no such weights file")
