@@ -251,7 +251,7 @@ class TrainCLI(LightningCLI):
             words = f"this run is finished, {state['global_step']:,} steps; nothing was changed"
             print(f"{root}: {words}. Longer: --trainer.max_epochs", file=sys.stderr)
             sys.exit(0)
-        if file.resolve().parent != root.resolve() and self._writes("fit"):  # another folder's run goes on here
+        if file.parent.resolve() != root.resolve() and self._writes("fit"):  # another folder's run goes on here
             self.aside = put_aside(root)
             if (best := file.parent / "best.ckpt").is_file():
                 shutil.copyfile(best, root / "best.ckpt")
