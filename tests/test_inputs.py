@@ -76,6 +76,13 @@ def test_what_is_hidden_and_this_run_s_maps_are_no_images(tmp_path, monkeypatch)
     inputs = Inputs(["."], recursive=True, maps="maps")
     assert list(inputs) == ["./a.png"]
     assert inputs.passed_over == {"hidden": 2}
+    inputs = Inputs(["."])  # does not look for folders
+    assert list(inputs) == ["./a.png"]
+    assert inputs.passed_over == {"hidden": 1}
+    (tmp_path / "._a.png").unlink()
+    assert list(inputs) == ["./a.png"]
+    assert not inputs.passed_over
+    (tmp_path / "._a.png").touch()
     assert list(Inputs([".thumbs", "._a.png"])) == [".thumbs/t.png", "._a.png"]  # where they are named
     assert list(Inputs(["**/*.png"], maps=str(tmp_path / "maps"))) == ["a.png"]
     assert list(Inputs(["**/*.png"])) == ["a.png", "maps/a.png.png", "maps/sheet.png"]

@@ -82,7 +82,8 @@ class Inputs:
         for name, is_folder in names:
             path = os.path.join(folder, name)
             if name.startswith("."):  # a thumbnail, what macOS writes beside each file, a cache
-                self.passed_over["hidden"] += self.recursive or not is_folder
+                if self.recursive or not is_folder:
+                    self.passed_over["hidden"] += 1
             elif is_folder:
                 if self.recursive:
                     yield from self._walk(path, (*above, identity))

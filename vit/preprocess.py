@@ -140,9 +140,10 @@ def to_mode(image: Image.Image, mode: str, white: float | None = None) -> Image.
     """Convert any Pillow mode to RGB or L without the silent losses of ``convert``."""
     if deep(image):
         image = scaled_to_8_bits(image, white)
-    opacity = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode in ("RGBA", "P", "PA"):
-        image = image.convert("RGB")
+    opacity = None
+    if image.has_transparency_data or image.mode == "P":
+        image = image.convert("RGBA")
+        opacity, image = image.getchannel("A"), image.convert("RGB")
     if image.mode in ("RGB", "CMYK", "LAB"):
         image = to_srgb(image)
     if opacity is not None:
