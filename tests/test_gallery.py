@@ -43,6 +43,12 @@ def test_names(path, name):
     assert map_name(path) == name
 
 
+def test_absolute_paths_among_themselves_need_no_mark():
+    assert map_name("/a/b.jpg", absolute=True) == "a/b.jpg.png"
+    assert map_name("/../b.jpg", absolute=True) == "%2E%2E/b.jpg.png"
+    assert map_name("/sheet", absolute=True) == "%73heet.png"
+
+
 def test_different_images_have_different_maps():
     paths = [
         "a.jpg", "a.png", "a.jpg.png", "A.jpg", "b/a.jpg", "/b/a.jpg", "../b/a.jpg", "%2E%2E/b/a.jpg", "%2F/b/a.jpg",

@@ -370,7 +370,7 @@ def test_a_map_that_cannot_be_written_is_named(run, images, tmp_path):
     assert (tmp_path / "out.csv.partial").read_text() == "unfinished"
     (image := tmp_path / "a.png").write_bytes((images / "0/0.png").read_bytes())
     (tmp_path / "maps").mkdir()
-    place = tmp_path / "maps" / map_name(str(image))
+    place = tmp_path / "maps" / map_name(str(image), absolute=True)
     place.mkdir(parents=True)  # which is found out only when its turn comes
     code, _, err = run(image, "--maps", tmp_path / "maps")
     assert (code, err.splitlines()[-1]) == (2, f"predict.py: {place}: Is a directory")

@@ -30,16 +30,21 @@ ASKED, LIKELY = 5, 0.02  # classes an image's report has maps for, at most; thos
 NAME_MAX = 255  # bytes that file systems allow a name
 
 
-def map_name(path: str) -> str:
+def map_name(path: str, *, absolute: bool = False) -> str:
     """Where an image's map goes inside the maps' folder: no two images share one, and none leads out of it.
 
     ``a/b.jpg`` gives ``a/b.jpg.png``. What no file name can safely hold becomes ``%XX``, as in addresses: control
     characters, undecodable bytes, ``%`` itself, ``..``, the slash that an absolute path begins with, and the ``s`` of
     what would have the name of a sheet.
+
+    Args:
+        path: Of the image.
+        absolute: Whether all paths of the run begin with a slash, which then tells nothing and is left out.
     """
     parts = [escaped(part) for part in path.split("/") if part not in ("", ".")]
     parts[-1] += ".png"
-    name = "/".join(["%2F"] * path.startswith("/") + [_short(part) for part in parts])
+    root = ["%2F"] * (path.startswith("/") and not absolute)
+    name = "/".join(root + [_short(part) for part in parts])
     return f"%73{name[1:]}" if re.match(r"sheet(-\d+-of-\d+)?\.png(/|$)", name) else name
 
 
@@ -78,6 +83,7 @@ class Gallery:
         folder: Where to put a map for each image, and the sheet; none for no maps.
         report: HTML file to write; none for no report.
         shard: Which part of the run this is, of how many.
+        absolute: Whether all images of the run have absolute paths.
 
     Raises:
         OutputError: If the report or the folder cannot be written, before there is any work in it.
@@ -91,8 +97,10 @@ class Gallery:
         folder: str | None,
         report: str | None,
         shard: tuple[int, int] = (1, 1),
+        absolute: bool = False,
     ):
         self.predictor, self.method, self.folder, self.report = predictor, method, folder, report
+        self.absolute = absolute
         self.sheet = sheet_name(shard)
         self.survey = Survey(predictor.class_names) if report else None
         self.limit = SURVEYED if report else SHEET  # of the first so many images something is kept until the end
@@ -136,7 +144,7 @@ class Gallery:
         label, score = next(iter(scores.items()))
         entry = {"image": image, "grid": grid.numpy(), "caption": f"{label} {score:.1%}"}
         entry["box"] = self.predictor.preprocess.box(*image.size)
-        file = f"{self.folder}/{map_name(path)}"
+        file = f"{self.folder}/{map_name(path, absolute=self.absolute)}"
         self._save(overlay(**{**entry, "caption": f"{entry['caption']} · {self.method}"}), file)
         return file, _small(entry) if remember else None
 

@@ -223,7 +223,14 @@ def gallery_of(options: argparse.Namespace, predictor: "Predictor") -> "Gallery 
         return None
     from vit.gallery import Gallery
 
-    return Gallery(predictor, method=options.method, folder=options.maps, report=options.report, shard=options.shard)
+    return Gallery(
+        predictor,
+        method=options.method,
+        folder=options.maps,
+        report=options.report,
+        shard=options.shard,
+        absolute=all(os.path.isabs(source) for source in options.sources),
+    )
 
 
 def engine(options: argparse.Namespace, predictor: "Predictor") -> "AbstractContextManager[Predictor | Cluster]":
@@ -403,7 +410,7 @@ class Summary:
         if inputs.passed_over:
             kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in inputs.passed_over.most_common(5))
             count = inputs.passed_over.total()
-            say(f"  {count} other files in the folders were left out ({kinds}); name them to try them")
+            say(f"  {count} other file{'s' * (count != 1)} in the folders left out ({kinds}); name what to try")
 
 
 @contextmanager
