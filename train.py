@@ -90,6 +90,7 @@ class TrainCLI(LightningCLI):
 
     going_on: str | Path | None = None  # the checkpoint of a fit that goes on
     aside: Path | None = None  # where the run is that was in the folder before this one
+    first_step = 0  # optimiser steps that were done before this process
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -177,7 +178,7 @@ class TrainCLI(LightningCLI):
             try:
                 super()._run_subcommand(subcommand)
             except UNUSABLE:
-                if self.aside and not (root / "last.ckpt").exists():  # what Lightning refused has not begun
+                if self.aside and self.trainer.global_step <= self.first_step:  # what was refused has not begun
                     put_back(root, self.aside)
                 raise
 
@@ -222,6 +223,7 @@ class TrainCLI(LightningCLI):
         state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         if "optimizer_states" not in state:
             raise ValueError(f"{file}: holds weights alone; start a new run from them with --model.pretrained {file}")
+        self.first_step = state["global_step"]
         anew = f"a new run from its weights: --model.pretrained {file}"
         try:
             self.model.refuse_other(state["vit"])  # before this run's config.yaml takes the place of the other's

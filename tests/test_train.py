@@ -403,7 +403,10 @@ def test_a_run_from_pretrained_weights_needs_them_once(fitted, tmp_path, capfd):
 
 
 def test_no_earlier_run_is_lost(tmp_path, capfd):
-    """Each new one moves the last aside, TensorBoard's file with it; one that cannot begin leaves it where it is."""
+    """Each new one moves the last aside, TensorBoard's file with it; one that cannot begin leaves it where it is.
+
+    One that fails later keeps what it has.
+    """
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     for seed in range(3):
         assert run("fit", tmp_path, *short, f"--seed_everything={seed}") == 0
@@ -431,6 +434,11 @@ def test_no_earlier_run_is_lost(tmp_path, capfd):
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
     assert (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "previous-3").exists()
+    (tmp_path / ".last.ckpt.partial").mkdir()  # refused as on a full disk, but behind an epoch whose best is kept
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--seed_everything=3") == 2
+    assert "seed_everything: 3" in (tmp_path / "config.yaml").read_text()
+    assert (tmp_path / "best.ckpt").exists()
+    assert (tmp_path / "previous-3" / "best.ckpt").exists()
 
 
 def test_classes_of_different_size(tmp_path, capfd):
