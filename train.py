@@ -239,20 +239,17 @@ class TrainCLI(LightningCLI):
             raise ValueError(f"{file}: trained with {words}; {anew}")
         limits = [self.trainer.max_epochs, self.trainer.max_steps]
         epochs = state["epoch"] + state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-        least = epochs if path == "last" else epochs + 1  # a finished run may be asked for again, see below
-        if limits[0] not in (None, -1) and limits[0] < least:
-            raise ValueError(
-                f"{file}: nothing is left to train, {epochs} of {limits[0]} epochs are done. Longer: "
-                f"--trainer.max_epochs; {anew}"
-            )
-        if path == "last" and (
-            state["callbacks"]["Guard"]["done"] == limits
-            and exported.exists()
-            and exported.stat().st_mtime >= last.stat().st_mtime
-        ):
+        finished = path == "last" and state["callbacks"]["Guard"]["done"] == limits
+        if finished and exported.exists() and exported.stat().st_mtime >= last.stat().st_mtime:
             words = f"this run is finished, {state['global_step']:,} steps; nothing was changed"
             print(f"{root}: {words}. Longer: --trainer.max_epochs", file=sys.stderr)
             sys.exit(0)
+        for what, limit, done in (("epochs", limits[0], epochs), ("steps", limits[1], self.first_step)):
+            if limit not in (None, -1) and limit <= done and not finished:
+                raise ValueError(
+                    f"{file}: nothing is left to train, {done} of {limit} {what} are done. Longer: "
+                    f"--trainer.max_{what}; {anew}"
+                )
         if file.parent.resolve() != root.resolve() and self._writes("fit"):  # another folder's run goes on here
             self.aside = put_aside(root)
             if (best := file.parent / "best.ckpt").is_file():

@@ -366,6 +366,22 @@ def test_the_last_epoch_is_validated(epochs, every, steps, tmp_path):
     assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == steps
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_last_step_is_validated(accumulate, tmp_path, capfd):
+    """In the middle of an epoch too, and of a run that was gone on with in the middle of its last epoch."""
+    short = [f"--trainer.accumulate_grad_batches={accumulate}", "--trainer.check_val_every_n_epoch=5"]
+    assert run("fit", tmp_path, *short, "--trainer.max_epochs=-1", "--trainer.max_steps=7") == 0
+    assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == [6]
+    assert load_checkpoint(tmp_path / "model.safetensors")[1].metrics["val/acc"] > 0
+    epochs = 2 if accumulate == 1 else 3  # of five steps, or of three
+    longer = [f"--trainer.max_epochs={epochs}", "--ckpt_path=last"]
+    assert run("fit", tmp_path, *short, *longer) == 0
+    assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == [6, 9 if accumulate == 1 else 8]
+    fewer = ["--trainer.max_epochs=-1", "--trainer.max_steps=8", "--ckpt_path=last"]
+    assert run("fit", tmp_path, *short, *fewer) == 2
+    assert "of 8 steps are done. Longer: --trainer.max_steps;" in capfd.readouterr().err
+
+
 def test_a_machine_without_bfloat16_trains_in_float32(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
     assert run("fit", tmp_path, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed") == 0

@@ -186,11 +186,11 @@ class ViTClassifier(LightningModule):
 
     # Steps
 
-    def on_train_epoch_start(self) -> None:
-        if self.trainer.current_epoch + 1 == self.trainer.max_epochs and self.trainer.check_val_every_n_epoch:
-            self.trainer.check_val_every_n_epoch = 1  # the end is measured, also of a run that does not divide
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        trainer: Any = self.trainer
+        ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
+        if ends and self.global_step + 1 == self.total_steps:  # the end is measured, wherever it comes
+            trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
         # Stochastic depth draws at a step what it would draw in a run that was never interrupted.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)))

@@ -164,10 +164,16 @@ class Guard(Checkpoint):
             or (stopped and not out_of_time(trainer))
         ):
             self.done = [trainer.max_epochs, trainer.max_steps]
-        if out_of_time(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self.done = None  # saved after the last step; this would count the whole epoch
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if out_of_time(trainer) and not whole:
+            self.done = None  # saved after the last step, before the validation of a moment that chance chose
         elif self.done or stopped or self.signal or self.due:
+            progress = trainer.fit_loop.epoch_progress
+            for counts in (progress.current, progress.total):
+                counts.processed -= not whole  # or else a run that goes on would leave out the rest of the epoch
             self._save(trainer)
+            for counts in (progress.current, progress.total):
+                counts.processed += not whole
 
     def _save(self, trainer: Trainer) -> None:
         self._read(trainer)
