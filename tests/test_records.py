@@ -7,6 +7,7 @@ import os
 import resource
 
 import pytest
+from rich.cells import cell_len
 
 from vit.records import Csv, Json, JsonLines, Output, OutputError, Parquet, Table
 
@@ -81,6 +82,15 @@ def test_table_fits_the_terminal():
         assert line.count("25.0%") == classes
         assert len(line) <= width or classes == 1
         assert line.endswith("   unsure")
+
+
+def test_table_lines_up_letters_of_two_columns():
+    table = Table(("猫", "dog"))
+    table.widen(["写真/一つ目の大きな画像.png"])
+    for path, label in (("写真/一つ目の大きな画像.png", "猫"), ("a.png", "dog")):
+        line = table.record({"path": path, "predictions": [{"label": label, "score": 0.5}]}).decode()
+        assert cell_len(line[: line.index(label)]) == cell_len("写真/一つ目の大きな画像.png") + 3
+        assert cell_len(line[: line.index("50.0%")]) == cell_len("写真/一つ目の大きな画像.png") + 3 + 3 + 2
 
 
 def test_table_says_how_far_a_map_can_be_trusted():

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rich.cells import cell_len
+
 Record = dict[str, Any]
 PARTIAL = ".partial"  # what an unfinished output file is called, behind its name
 ROW_GROUP = 8192  # records that Parquet holds in memory before it writes them
@@ -207,26 +209,31 @@ class Table(Format):
 
     def __init__(self, labels: tuple[str, ...], width: int | None = None):
         self.width = width
-        self.label_width = min(24, max(map(len, labels)))
+        self.label_width = min(24, max(map(cell_len, labels)))
         self.path_width = 20
 
     def widen(self, paths: Iterable[str]) -> None:
         """Make room for the paths of the next records, so that their columns line up."""
-        self.path_width = max(self.path_width, *(min(len(printable(shown(path))), 60) for path in paths))
+        self.path_width = max(self.path_width, *(min(cell_len(printable(shown(path))), 60) for path in paths))
 
     def record(self, record: Record) -> bytes:
         path = printable(shown(record["path"]))
         if "error" in record:
             text = f"error: {printable(record['error'])}"
         else:
-            cells = [f"{printable(p['label']):<{self.label_width}} {p['score']:6.1%}" for p in record["predictions"]]
+            cells = [f"{padded(printable(p['label']), self.label_width)} {p['score']:6.1%}" for p in record["predictions"]]
             more = "   unsure" if record.get("unsure") else ""
             more += f"   map score {record['map_score']:+.2f}" if "map_score" in record else ""
             if self.width is not None:
-                room = self.width - max(self.path_width, len(path)) - len(more)
-                cells = cells[: max(1, room // (len(cells[0]) + 3))]
+                room = self.width - max(self.path_width, cell_len(path)) - len(more)
+                cells = cells[: max(1, room // (cell_len(cells[0]) + 3))]
             text = "   ".join(cells) + more
-        return f"{path:<{self.path_width}}   {text}\n".encode("utf-8", "backslashreplace")
+        return f"{padded(path, self.path_width)}   {text}\n".encode("utf-8", "backslashreplace")
+
+
+def padded(text: str, width: int) -> str:
+    """The text and blanks up to so many columns of a terminal, of which Chinese and Japanese letters take two each."""
+    return text + " " * (width - cell_len(text))
 
 
 class Output:
