@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
@@ -106,11 +106,18 @@ class ImageFiles:
         except ImageError as error:
             raise DataError(f"{self.path(index)}: {error}{ADVICE}") from None
 
+    def file(self, index: int) -> str | io.BytesIO | Image.Image:
+        """One image as it is stored."""
+        return self.path(index)
+
     def stored(self, index: int) -> tuple[tuple[int, int], int | None] | None:
         """Width and height of one image, and the largest value of one that holds 16 or 32 bits; None if unreadable."""
         try:
-            with Image.open(self.path(index), formats=FORMATS) as image:
-                return image.size, int(np.asarray(image).max()) if image.mode.startswith("I") else None
+            file = self.file(index)
+            with file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+                size = image.size[::-1] if turned else image.size
+                return size, int(np.asarray(image).max()) if image.mode.startswith("I") else None
         except Exception:  # which the check of all files has said
             return None
 

@@ -345,8 +345,11 @@ class ImageDataModule(LightningDataModule):
     @property
     def held_out(self) -> str | None:
         """Fingerprint of the images that are held out of the training images; none where the set has its own."""
-        if not isinstance(self.val, SplitDataset) or self.source.val is not None:
+        if self.val is None or self.source.val is not None:
             return None
+        if isinstance(self.val, StreamBatches):
+            stream = self.val.stream
+            return hashlib.sha256(repr((stream.chosen, stream.shards.lengths)).encode()).hexdigest()[:16]
         places = torch.cat([self.val.subset, torch.tensor([len(self.val.split.labels)])])
         return hashlib.sha256(places.numpy().tobytes()).hexdigest()[:16]
 

@@ -41,16 +41,18 @@ class StoredImages(ImageFiles):
     def path(self, index: int) -> str:
         return f"{self.folder}, image {int(self.names[index])}"
 
+    def file(self, index: int) -> BytesIO | Image.Image:
+        return self.get(int(self.names[index]))
+
     def open(self, index: int, *, min_side: int | None = None) -> Image.Image:
         try:
-            image = self.get(int(self.names[index]))
-            return open_image(image, self.preprocess.mode, min_side=min_side, white=self.preprocess.white)
+            return open_image(self.file(index), self.preprocess.mode, min_side=min_side, white=self.preprocess.white)
         except Exception as error:  # some libraries decode by themselves, and raise what they like
             raise DataError(f"{self.path(index)}: {one_line(error)}") from None
 
     @property
     def key(self) -> str:  # type: ignore[override]
-        decoding = (self.preprocess.image_size, self.preprocess.mode, self.preprocess.white)
+        decoding = (self.preprocess.image_size, self.preprocess.mode, self.size_from is None, self.preprocess.white)
         settings = (VERSION, self.fingerprint, self.names.tobytes(), *decoding)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
@@ -83,13 +85,24 @@ class HubShards:
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
-        for place, row in enumerate(rows, start):
-            yield f"{self.name}, shard {shard}, row {place}", encoded(row[self.image]), known(row[self.label])
+        # Row by row, but not by ``iter(rows)``: in a worker process that would share the rows out once more.
+        for place, row in enumerate(rows.iter(batch_size=1), start):
+            name = f"{self.name}, shard {shard}, row {place}"
+            try:
+                image = encoded(row[self.image][0])
+            except Exception as error:  # of whichever file system it is on
+                raise DataError(f"{name}: {one_line(error)}") from None
+            yield name, image, known(row[self.label][0])
 
 
 def encoded(image: dict[str, Any]) -> bytes:
-    """The stored file of an undecoded image of the ``datasets`` library."""
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    """The stored file of an undecoded image of the ``datasets`` library, wherever it is."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    from datasets.utils.file_utils import xopen
+
+    with xopen(image["path"], "rb") as file:
+        return file.read()
 
 
 def known(number: int | None) -> int:

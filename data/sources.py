@@ -15,6 +15,7 @@ from data.cache import (
     DataError,
     ImageFiles,
     OnBad,
+    alone,
     cached_images,
     cached_statistics,
     channel_statistics,
@@ -33,6 +34,7 @@ CIFAR_STATISTICS = {  # of the training images, as published with most recipes
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+FILE_NAME = r"[^\w.-]+"  # what is no part of a file's name
 FORMS = (
     "'digits', 'cifar10', 'cifar100', a folder with one subfolder of images for each class, a table of labels "
     f"(*{', *'.join(TABLES)}), or torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/FOLDER"
@@ -142,7 +144,7 @@ def load_source(
     if dataset == "digits":
         source = load_digits()
     elif dataset in CIFAR_STATISTICS:
-        source = load_cifar(dataset, options.root)
+        source = load_cifar(dataset, options)
     elif slash and kind in ("wds", "hfids"):
         return load_stream(dataset, kind, rest, options)
     elif slash and kind in ("hfds", "tfds", "torch"):
@@ -200,13 +202,14 @@ def load_digits() -> Source:
     )
 
 
-def load_cifar(name: str, root: Path) -> Source:
+def load_cifar(name: str, options: Options) -> Source:
     """CIFAR-10 or CIFAR-100, downloaded by torchvision and checked by MD5."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    kind, root = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name], options.root
     try:
-        parts = {part: kind(root, train=part == "train", download=True) for part in ("train", "test")}
+        with alone(options.cache / f"{name}.lock"):
+            parts = {part: kind(root, train=part == "train", download=True) for part in ("train", "test")}
     except (OSError, RuntimeError, EOFError) as error:  # no network, no space, wrong checksum, cut short
         raise DataError(
             f"{name}: cannot get it into {root} ({one_line(error)}); download {kind.url} on a machine with a network, "
@@ -249,26 +252,37 @@ def load_files(dataset: str, options: Options) -> Source:
 
 def load_stored(dataset: str, kind: str, name: str, options: Options) -> Source:
     """A set of torchvision, TensorFlow Datasets or Hugging Face that is on the disk after its download."""
-    if kind in ("tfds", "torch"):
-        class_names, found = (load_tfds if kind == "tfds" else load_torch)(name, options.root)
-    else:
-        class_names, rows = load_hub(name, options.root, streaming=False)
-        found = {split: hub_images(f"{dataset} {split}", *part) for split, part in rows.items()}
-    found = {s: part for s, part in found.items() if len(part[1]) and part[1].min() >= 0}  # -1: a secret, as ImageNet's
-    if "train" not in found:
-        raise DataError(f"{dataset} has no training split, only {', '.join(found)}")
-    files = {
-        split: StoredImages(
-            folder=f"{dataset} {split}",
-            names=np.arange(len(labels)),
-            preprocess=options.preprocess,
-            get=get,
-            fingerprint=fingerprint,
-        )
-        for split, (get, labels, fingerprint) in found.items()
-    }
-    labels = {split: part[1] for split, part in found.items()}
+    with alone(options.cache / f"{re.sub(FILE_NAME, '_', dataset)[:40]}.download.lock"):  # not by all processes at once
+        if kind in ("tfds", "torch"):
+            class_names, found = (load_tfds if kind == "tfds" else load_torch)(name, options.root)
+        else:
+            class_names, rows = load_hub(name, options.root, streaming=False)
+            found = {split: hub_images(f"{dataset} {split}", *part) for split, part in rows.items()}
+    files: dict[str, ImageFiles] = {}
+    labels: dict[str, Tensor] = {}
+    for split, (get, numbers, fingerprint) in usable(dataset, found).items():
+        known = numbers >= 0  # -1: a secret, as those of ImageNet's test images
+        if secret := int((~known).sum()):
+            say_once(f"{dataset} {split}: {secret} of {len(numbers)} images have no label and are left out")
+        if known.any():
+            files[split] = StoredImages(
+                folder=f"{dataset} {split}",
+                names=known.nonzero()[:, 0].numpy(),
+                preprocess=options.preprocess,
+                get=get,
+                fingerprint=fingerprint,
+            )
+            labels[split] = numbers[known]
+    if "train" not in files:
+        raise DataError(f"{dataset} has no labelled training split, only {', '.join(files) or 'images without labels'}")
     return decoded(dataset, class_names, files, labels, options)
+
+
+def usable(dataset: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits for training, validation and test; others, such as SVHN's ``extra``, are left out, which is said."""
+    if others := sorted(set(found) - set(SPLITS)):
+        say_once(f"{dataset}: has a split {', '.join(others)} too, which is left out")
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def decoded(
@@ -287,7 +301,7 @@ def decoded(
         labels: Class numbers of each split (N,).
         options: Without an image_size, that of the first image is taken and required of all.
     """
-    name = re.sub(r"[^\w.-]+", "_", name)[:40]
+    name = re.sub(FILE_NAME, "_", name)[:40]
     if options.image_size is None:
         size, size_from = first_size(files["train"])
         preprocess = replace(files["train"].preprocess, image_size=size)
@@ -297,7 +311,7 @@ def decoded(
     images = {split: cached_images(part, name=f"{name}-{split}", **cache) for split, part in files.items()}
     mean, std = cached_statistics(files["train"], images["train"], name=f"{name}-train", **cache)
     hint(name, files["train"])
-    splits = {s: Split(images=images[s], labels=labels[s], files=part) for s, part in files.items() if s in SPLITS}
+    splits = {split: Split(images=images[split], labels=labels[split], files=part) for split, part in files.items()}
     return Source(class_names=class_names, mean=mean, std=std, **splits)
 
 
@@ -331,6 +345,7 @@ def load_stream(dataset: str, kind: str, name: str, options: Options) -> Source:
         shards = {
             split: hub_shards(f"{dataset} {split}", *part, options.cache / "hfids") for split, part in rows.items()
         }
+    shards = usable(dataset, shards)
     if "train" not in shards:
         raise DataError(f"{dataset} has no training split, only {', '.join(shards)}")
     splits = {
@@ -342,7 +357,6 @@ def load_stream(dataset: str, kind: str, name: str, options: Options) -> Source:
             on_bad=options.on_bad,
         )
         for split, part in shards.items()
-        if split in SPLITS
     }
     mean, std = stream_statistics(splits["train"], options.cache / f"{kind}-train-statistics")
     return Source(class_names=class_names, mean=mean, std=std, **splits)

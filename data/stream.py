@@ -7,18 +7,23 @@ in a shard that begins, and shuffles it in a buffer. Only the number of samples 
 counted once.
 """
 
+import gzip
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import accumulate, groupby, islice, pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +36,7 @@ from data.cache import ADVICE, SAMPLE, DataError, OnBad, channel_statistics, one
 from data.labels import SPLITS, split_of
 from vit.preprocess import SUFFIXES, ImageError, Preprocess
 
+GZIP = b"\x1f\x8b"  # what a compressed file begins with
 BUFFER = 1024  # undecoded samples among which a worker shuffles: their bytes, times workers, are in memory
 
 
@@ -278,11 +284,20 @@ class TarShards:
                 yield name, content(tar, image), class_number(tar, name, label)
 
 
-def open_tar(path: str) -> tarfile.TarFile:
-    try:
-        return tarfile.open(path)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read as a tar file ({one_line(error)})") from None
+@contextmanager
+def open_tar(path: str) -> Iterator[tarfile.TarFile]:
+    """A tar file; a compressed one unpacked into a temporary file, as going back in it would begin from its start."""
+    with ExitStack() as files:
+        try:
+            plain = file = files.enter_context(open(path, "rb"))
+            if file.read(2) == GZIP:
+                plain = files.enter_context(TemporaryFile())
+                shutil.copyfileobj(files.enter_context(gzip.open(path)), plain)
+            plain.seek(0)
+            tar = files.enter_context(tarfile.open(fileobj=plain))
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            raise DataError(f"{path}: cannot be read as a tar file ({one_line(error)})") from None
+        yield tar
 
 
 def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarInfo | None]]:

@@ -3,19 +3,24 @@
 import hashlib
 import os
 import pickle
+import threading
 import urllib.error
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from filelock import FileLock
+from PIL import ExifTags, Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import data.cache
-from data.sources import DataError, load_source, stratified_split
+from data.hub import StoredImages
+from data.sources import DataError, hint, load_source, stratified_split
+from vit.preprocess import Preprocess
 
 SIZE = (8, 6)  # Pillow's order: width, height
 
@@ -236,6 +241,55 @@ def test_what_is_cut_off_is_said(tmp_path, load, capsys):
     load(tmp_path / "same", image_size=(4, 6))
     load(tmp_path / "several", image_size=6)
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_cut_off_of_photographs_held_upright(tmp_path, load, capsys):
+    """Whose pixels are stored lying, with a note that says how to turn them."""
+    for i in range(8):
+        path = tmp_path / "phone" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (16, 8), (i, i, i))
+        image.getexif()[ExifTags.Base.Orientation] = 6
+        image.save(path, exif=image.getexif())
+    load(tmp_path / "phone", image_size=4)
+    assert (
+        "of images of 8x16 pixels the middle 50% are seen, 4x4; --data.image_size '[16, 8]'" in capsys.readouterr().err
+    )
+    assert load(tmp_path / "phone").train.shape[2:] == (16, 8)
+    assert capsys.readouterr().err == ""
+
+
+def test_images_of_libraries_are_looked_at_as_files_are(capsys):
+    """What is cut off and what comes out dark; and cut images are no cache of whole ones."""
+    image = Image.fromarray(np.full((4, 8), 300, dtype=np.uint16))
+    size = Preprocess(image_size=(4, 4), mean=(0.5,), std=(0.5,))
+    files = StoredImages(
+        folder="x", names=np.arange(3), preprocess=size, get=lambda _: image.copy(), fingerprint="", size_from=None
+    )
+    hint("x", files)
+    said = capsys.readouterr().err
+    assert "x: of images of 8x4 pixels the middle 50% are seen, 4x4" in said
+    assert "x: 16-bit images, but no value above 300 in 3 of them" in said
+    assert replace(files, size_from="x, image 0").key != files.key
+
+
+@pytest.mark.usefixtures("no_network")
+def test_processes_take_turns_to_download(tmp_path, load):
+    """Side by side they would write the same file."""
+    (tmp_path / "root" / "cache").mkdir(parents=True)
+    ended = threading.Event()
+
+    def download() -> None:
+        with pytest.raises(DataError, match="cannot get it"):
+            load("cifar10")
+        ended.set()
+
+    with FileLock(tmp_path / "root" / "cache" / "cifar10.lock"):
+        waiting = threading.Thread(target=download)
+        waiting.start()
+        assert not ended.wait(0.5)
+    assert ended.wait(30)
+    waiting.join()
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path, load):

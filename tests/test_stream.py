@@ -1,5 +1,6 @@
 """Streams: every sample once an epoch however ranks, workers and shards divide, and the same again after a restart."""
 
+import gzip
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch.utils.data import DataLoader
 
 import train
 from data.datamodule import ImageDataModule, StreamBatches
-from data.hub import load_torch
+from data.hub import HubShards, load_torch
+from data.hub import encoded as hub_file
 from data.sources import DataError, load_source
 from data.stream import (
     Sample,
@@ -299,6 +302,22 @@ def test_statistics_follow_the_files(tmp_path, shards):
     assert means[1][0] == pytest.approx(means[0][0] + 100 / 255, abs=1e-6)
 
 
+def test_compressed_tars_are_read_as_others_and_once(tmp_path, shards, monkeypatch):
+    """Going back in one would unpack it from its start again, once for each sample."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for path in shards.glob("*.tar"):
+        (packed / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    rewinds, rewind = [], gzip._GzipReader._rewind  # pyright: ignore
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: rewinds.append(1) or rewind(self))  # pyright: ignore
+    plain, unpacked = stream(shards), stream(packed)
+    assert [sample[2:] for sample in unpacked.read(range(5), 0, 34)] == [s[2:] for s in plain.read(range(5), 0, 34)]
+    assert not rewinds
+    (packed / "train-000.tar.gz").write_bytes((packed / "train-000.tar.gz").read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"train-000.tar.gz: cannot be read as a tar file \("):
+        list(unpacked.read([0], 0, 7))
+
+
 def test_missing_tar_file_of_timms_info_is_one_line(tmp_path, shards):
     info = {"filenames": ["train-000.tar", "gone.tar"], "shard_lengths": [7, 1]}
     (shards / "_info.json").write_text(json.dumps({"splits": {"train": info}}))
@@ -443,6 +462,7 @@ def write_hub(folder: Path, parts: dict[str, tuple[int, ...]]) -> Path:
         }
     )
     first = 0
+    folder.mkdir(exist_ok=True)
     for split, counts in parts.items():
         for shard, count in enumerate(counts):
             numbers = range(first, first + count)
@@ -451,7 +471,6 @@ def write_hub(folder: Path, parts: dict[str, tuple[int, ...]]) -> Path:
                 "img": [{"bytes": encoded(i), "path": None} for i in numbers],
                 "kind": [i % 3 for i in numbers],
             }
-            folder.mkdir(exist_ok=True)
             datasets.Dataset.from_dict(rows, features=features).to_parquet(
                 str(folder / f"{split}-{shard:05}-of-{len(counts):05}.parquet")
             )
@@ -486,6 +505,50 @@ def test_hub_sets_are_streamed_by_shards(hub, options):
             assert labels.tolist() == [index % 3 for index in indices.tolist()]
             found += indices.tolist()
     assert sorted(found) == list(range(34))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_hub_sets_are_streamed_by_worker_processes(hub, options, workers):
+    """Which their library would each give a part of the rows alone."""
+    module = ImageDataModule(dataset=f"hfids/{hub}", **options | {"num_workers": workers}, batch_size=4, val_fraction=0)
+    module.setup()
+    found = [index for batch in module.train_dataloader() for index in batch.indices.tolist()]
+    assert sorted(found) == list(range(34))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
+def test_hub_sets_may_name_files(tmp_path):
+    """As those of image folders do; on the hub the path is an address."""
+    pytest.importorskip("datasets")
+    (tmp_path / "0.png").write_bytes(encoded(7))
+    assert hub_file({"bytes": None, "path": str(tmp_path / "0.png")}) == encoded(7)
+    rows: Any = SimpleNamespace(
+        shard=lambda **_: rows,
+        skip=lambda _: rows,
+        take=lambda _: rows,
+        iter=lambda batch_size: iter([{"img": [{"bytes": None, "path": str(tmp_path / "1.png")}], "kind": [1]}]),
+    )
+    shards = HubShards(name="hfids/x", rows=rows, image="img", label="kind", lengths=(1,), fingerprint="")
+    with pytest.raises(DataError, match=r"^hfids/x, shard 0, row 0: .*1\.png"):
+        list(shards.read(0, 0, 1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
+def test_other_splits_and_images_without_labels_are_left_out_with_a_word(tmp_path, options, capsys):
+    datasets = pytest.importorskip("datasets")
+    hub = write_hub(tmp_path / "hub", {})
+    write_hub(hub / "data", {"train": COUNTS, "test": (4,), "extra": (3,)})  # a folder in which any split may be
+    (file,) = hub.glob("data/test-*.parquet")
+    rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(options["root"]))
+    rows.map(lambda row: {"kind": None if row["id"] == 35 else row["kind"]}).to_parquet(str(file))
+    source: Any = load_source(f"hfds/{hub}", **options)
+    assert source.test.images[:, 0, 0, 0].tolist() == [34, 36, 37]
+    assert source.test.labels.tolist() == [1, 0, 1]
+    said = capsys.readouterr().err
+    assert f"hfds/{hub} test: 1 of 4 images have no label and are left out" in said
+    assert f"hfds/{hub}: has a split extra too, which is left out" in said
+    assert not list((options["root"] / "cache").glob("*extra*"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
