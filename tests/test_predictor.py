@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from timm.models import save_for_hf
 
 import vit
@@ -244,6 +244,83 @@ def test_threads_get_what_one_gets(predictor):
         assert list(pool.map(predictor.predict, images)) == alone
 
 
+@pytest.mark.parametrize("many", [list, iter])
+def test_the_same_image_or_file_may_be_given_many_times(predictor, tmp_path, many):
+    """Not yet decoded, and to several threads."""
+    (image,) = pictures(1)
+    image.resize((900, 700)).save(tmp_path / "a.png")
+    expected = list(predictor.predict_iter([tmp_path / "a.png"] * 16))
+    for _ in range(5):
+        with open(tmp_path / "a.png", "rb") as file, Image.open(tmp_path / "a.png") as opened:
+            for source in (file, opened):
+                assert list(predictor.predict_iter(many([source] * 16), workers=8)) == expected
+
+
+def test_what_a_generator_gives_is_read_when_it_is_taken(predictor, tmp_path):
+    """It may fill the same array again, go on to the next frame, or close the file."""
+    images = [image.resize((40, 40)) for image in pictures(7)]
+    expected = list(predictor.predict_iter(images))
+    images[0].save(tmp_path / "all.tiff", save_all=True, append_images=images[1:])
+
+    def refilled():
+        array = np.empty((40, 40, 3), np.uint8)
+        for image in images:
+            array[:] = np.asarray(image)
+            yield array
+
+    def closed(kind):
+        for number, image in enumerate(images):
+            image.save(tmp_path / f"{number}.png")
+            with kind(tmp_path / f"{number}.png") as file:
+                yield file
+
+    assert list(predictor.predict_iter(refilled())) == expected
+    for kind in (partial(open, mode="rb"), Image.open):
+        assert list(predictor.predict_iter(closed(kind))) == expected
+    with Image.open(tmp_path / "all.tiff") as frames:
+        assert list(predictor.predict_iter(ImageSequence.Iterator(frames))) == expected
+    gone = io.BytesIO()
+    gone.close()
+    (failure,) = predictor.predict_iter(iter([gone]))
+    assert isinstance(failure, ImageError)
+    assert str(failure).startswith("damaged image (I/O operation on closed file")
+
+
+def test_what_was_given_before_an_error_is_answered(predictor):
+    images = pictures(7)
+
+    def given():
+        yield from images
+        raise RuntimeError("the camera is gone")
+
+    found = []
+    with pytest.raises(RuntimeError, match="the camera is gone"):
+        found.extend(predictor.predict_iter(given(), batch_size=3))  # extend keeps what came before
+    assert found == list(predictor.predict_iter(images, batch_size=3))
+    assert len(found) == 7
+
+
+def test_many_classes_are_not_all_printed():
+    scores = {f"class {number}": 2.0**-number for number in range(1, 1001)}
+    text = repr(Prediction("class 1", 0.5, scores))
+    assert text.startswith("Prediction(label='class 1', score=0.5, scores={'class 1': 0.5, 'class 2': 0.25, ")
+    assert text.endswith(", ... 990 more})")
+    assert repr(Prediction("a", 1.0, {"a": 1.0})) == "Prediction(label='a', score=1, scores={'a': 1})"
+
+
+def test_it_works_whatever_torch_was_told_before(tmp_path):
+    (image,) = pictures(1)
+    with torch.inference_mode():
+        predictor = Predictor.from_checkpoint(checkpoint(tmp_path / "model.safetensors"), device="cpu")
+        expected = predictor.predict(image)
+    assert {predictor.explain(image, method=method).prediction.label for method in METHODS} == {expected.label}
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert predictor.predict(image) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system starts processes another way")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_gets_what_its_parent_gets(predictor):
@@ -362,6 +439,7 @@ def test_what_cannot_be_built_is_said_in_one_line(tmp_path, monkeypatch):
     path = checkpoint(tmp_path / "model.safetensors")
     for options, message in {
         ("device", "gpu"): "no device 'gpu'",
+        ("device", None): "no device None; use auto, cpu, cuda",
         ("device", "cuda:77"): "device 'cuda:77' cannot be used",
         ("device", "meta"): "device 'meta' cannot be used: .*; use auto, cpu, cuda",  # takes models, computes nothing
         ("device", "hpu"): "device 'hpu' cannot be used: .*; use auto, cpu, cuda",  # belongs to a package of its own

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit.predictor import Explanation, Prediction, Predictor
+    from vit.predictor import Explanation, ImageError, Prediction, Predictor
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "Prediction", "Predictor"]
+__all__ = ["Explanation", "ImageError", "Prediction", "Predictor"]
 
 
 def __getattr__(name: str) -> Any:

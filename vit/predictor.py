@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ AHEAD = 2  # batches that are decoded while one is computed
 # Where bfloat16 leaves the first two classes closer than this, in logits or in standard deviations of the logits
 # if those are larger, float32 decides. The largest lead that it turned round in 10,000 CIFAR-10 images was 0.063.
 CLOSE_CALL = 0.1
+SHOWN = 10  # classes of many that a text names
 NO_NUMBER = "the model gives no number for this image; its weights may be damaged"
 
 
@@ -51,8 +53,13 @@ class Prediction:
     score: float
     scores: dict[str, float]
 
+    def __repr__(self) -> str:
+        first = ", ".join(f"{name!r}: {score:.6g}" for name, score in islice(self.scores.items(), SHOWN))
+        more = f", ... {len(self.scores) - SHOWN:,} more" if len(self.scores) > SHOWN else ""
+        return f"Prediction(label={self.label!r}, score={self.score:.6g}, scores={{{first}{more}}})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """Where the model looked.
 
@@ -103,7 +110,7 @@ class Explanation:
         return overlay(self.image, self.grid, box=self.box, caption=self.caption)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What became of some sources; the rows of ``scores`` and ``grids`` are those without an error, in order.
 
@@ -173,6 +180,7 @@ class Predictor:
         return f"<Predictor{name}: {len(self.class_names)} classes, {height} x {width} pixels, {self.device}>"
 
     @classmethod
+    @torch.inference_mode(False)  # or else gradients, which some maps are made of, could never be had
     def from_checkpoint(
         cls, path: str | Path | None = None, *, device: str = "auto", precision: Precision = "float32"
     ) -> "Predictor":
@@ -187,6 +195,8 @@ class Predictor:
         Raises:
             CheckpointError: If there is no such thing, or it is no checkpoint.
         """
+        if path is not None and not str(path):
+            raise CheckpointError("the checkpoint has an empty name; leave it out for the CIFAR-10 weights")
         if path is not None and of_timm(path):
             return cls.from_timm(str(path), device=device, precision=precision)
         if path is None and not SHIPPED.is_file():
@@ -200,6 +210,7 @@ class Predictor:
         return cls(model, about, device=device, precision=precision, name=str(path))
 
     @classmethod
+    @torch.inference_mode(False)
     def from_timm(cls, name: str, *, device: str = "auto", precision: Precision = "float32") -> "Predictor":
         """A predictor with a pretrained model of timm's, its labels (ImageNet's, say) and its preprocessing.
 
@@ -242,7 +253,8 @@ class Predictor:
         An image that cannot be read gives the ImageError that says why, in its place, and the stream goes on.
 
         Args:
-            images: Each as for ``predict``.
+            images: Each as for ``predict``. Of a list all stay as they are until they are answered; what a generator
+                gives is read when it is taken, so that it may close a file, or fill the same array, before the next.
             batch_size: Images computed at once, while those of two batches more are decoded; 1 answers each image
                 before it takes the next, as a camera wants; none for one that suits the device.
             workers: Threads that decode; none for one that suits the machine.
@@ -253,6 +265,8 @@ class Predictor:
         one = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
         if one or (isinstance(images, np.ndarray) and is_picture(images)):
             raise ValueError("predict_iter takes many images, in a list or the like; predict takes one")
+        if not isinstance(images, Sequence | np.ndarray):
+            images = map(kept, images)
         for batch in self.classify(batches(images, batch_size or self.batch_size), workers=workers):
             rows = iter(batch.scores)
             for source, error in zip(batch.sources, batch.errors, strict=True):
@@ -302,7 +316,10 @@ class Predictor:
     def _number(self, name: str | None) -> int | None:
         """The class of this name."""
         if name is not None and name not in self.class_names:
-            raise ValueError(f"no class {name!r}; the classes are {', '.join(self.class_names)}")
+            near = get_close_matches(name, self.class_names, n=SHOWN, cutoff=0.5) or self.class_names[:SHOWN]
+            many = len(self.class_names) > SHOWN
+            names = f"{len(self.class_names):,} classes have names like" if many else "the classes are"
+            raise ValueError(f"no class {name!r}; {names} {', '.join(near if many else self.class_names)}")
         return None if name is None else self.class_names.index(name)
 
     def prediction(self, scores: Tensor) -> Prediction:
@@ -331,13 +348,21 @@ class Predictor:
         """
         pool = ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), thread_name_prefix="decode")
         waiting: deque[tuple[Sequence[Source | Unreadable], list[Future[Tensor | ImageError]]]] = deque()
+        given, failure = iter(batches), None
         try:
-            for sources in batches:
+            while True:
+                try:
+                    sources = next(given)
+                except Exception as error:  # at the end, or before it: what came so far is answered first
+                    failure = error
+                    break
                 waiting.append((sources, [pool.submit(self._decode, source) for source in sources]))
                 if len(waiting) > (AHEAD if len(sources) > 1 else 0):
                     yield self._compute(*waiting.popleft(), methods, score_maps)
             while waiting:
                 yield self._compute(*waiting.popleft(), methods, score_maps)
+            if not isinstance(failure, StopIteration):
+                raise failure
         finally:
             for future in (future for _, futures in waiting for future in futures):
                 future.cancel()  # not by shutdown, which fails where the interpreter ends before this generator
@@ -516,10 +541,34 @@ def picture(array: np.ndarray) -> Image.Image:
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of so many items each; the last one may be shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+    """Lists of so many items each; the last one, or that before an error, may be shorter."""
+    batch: list[T] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
         yield batch
+
+
+def kept(source: Source) -> Source | Unreadable:
+    """The source as it is now: what is no path may be gone, or be another image, when its turn comes."""
+    try:
+        if isinstance(source, np.ndarray | Image.Image):
+            return source.copy()
+        if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+            if getattr(source, "seekable", bool)():
+                source.seek(0)
+            return io.BytesIO(source.read())
+    except Exception as error:  # a file object may be anything
+        return Unreadable("", reason(error, source))
+    return source
 
 
 @cache
@@ -541,7 +590,7 @@ def _device(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"no device {name!r}; {DEVICES}") from error
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +38,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _one_large = threading.Lock()
+_turns = [threading.Lock() for _ in range(64)]  # of objects, by their addresses
 
 
 class ImageError(ValueError):
@@ -66,23 +67,34 @@ def open_image(
     """
     try:
         if isinstance(source, Image.Image):
-            return to_mode(upright(source.copy()), mode, white)
+            with turn(source):
+                image = source.copy()
+            return to_mode(upright(image), mode, white)
         if isinstance(source, str | Path) and not os.path.isfile(source):  # a pipe or a device could wait for ever
             os.stat(source)  # says what is wrong if there is no such file, or no permission to look
             raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
-        with Image.open(source, formats=FORMATS) as image:
+        with turn(source), Image.open(source, formats=FORMATS) as image:
             refuse_bomb(image)
+            if image.format == "PPM" and image.mode == "I" and image.tile[0].codec_name == "ppm":
+                white = None  # its header says what is white, and Pillow has seen to it
             if min_side is not None and image.format in ("JPEG", "MPO"):  # MPO: several of them, the first counts
                 scale = min_side / min(image.size)
                 image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
             with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
                 refuse_bomb(image)
+                if image.format == "PPM" and image.mode == "I":  # 16 bits, though Pillow keeps them in 32
+                    image = image.convert("I;16")
                 return to_mode(upright(image), mode, white)
     except ImageError:
         raise
     except Exception as error:  # a corrupt file raises whatever its decoder stumbles on
         raise ImageError(reason(error, source)) from error
+
+
+def turn(source: object) -> AbstractContextManager:
+    """One thread at a time decodes an image or a file object, which may be given several times; files by name all."""
+    return nullcontext() if isinstance(source, str | Path) else _turns[id(source) // 64 % len(_turns)]
 
 
 def refuse_bomb(image: Image.Image) -> None:
@@ -141,6 +153,8 @@ def to_mode(image: Image.Image, mode: str, white: float | None = None) -> Image.
     if deep(image):
         image = scaled_to_8_bits(image, white)
     opacity = None
+    if image.mode == "La":  # opacity multiplied in, from which Pillow knows one way only
+        image = image.convert("LA")
     if image.has_transparency_data or image.mode == "P":
         image = image.convert("RGBA")
         opacity, image = image.getchannel("A"), image.convert("RGB")
@@ -271,5 +285,7 @@ class Preprocess:
         """Float images (B, C, H, W) with the model's mean and std from uint8 pixels."""
         numbers = (self.mean, self.std)
         # Not torch.tensor(device=...), which would wait for all that a GPU has been given to do.
-        mean, std = (torch.tensor(n).view(-1, 1, 1).to(images.device, non_blocking=True) for n in numbers)
+        mean, std = (
+            torch.tensor(n, dtype=torch.float32).view(-1, 1, 1).to(images.device, non_blocking=True) for n in numbers
+        )
         return (images.float() / 255 - mean) / std

@@ -221,7 +221,9 @@ class Table(Format):
         if "error" in record:
             text = f"error: {printable(record['error'])}"
         else:
-            cells = [f"{padded(printable(p['label']), self.label_width)} {p['score']:6.1%}" for p in record["predictions"]]
+            cells = [
+                f"{padded(printable(p['label']), self.label_width)} {p['score']:6.1%}" for p in record["predictions"]
+            ]
             more = "   unsure" if record.get("unsure") else ""
             more += f"   map score {record['map_score']:+.2f}" if "map_score" in record else ""
             if self.width is not None:
