@@ -45,6 +45,9 @@ const visit = async () => {
   found.wideClasses = document.documentElement.scrollWidth <= innerWidth;
   [...kinds[0].querySelectorAll(".card")].at(-1).click();
   found.opened = [$("path").textContent.split(" ")[0], document.querySelector("main").hidden, $("classes").hidden];
+  show(entries[2]); found.longest = document.documentElement.scrollWidth <= innerWidth;
+  const bars = $("bars").getBoundingClientRect(); found.percents = [...$("bars").querySelectorAll("span:last-child")].every(s => s.getBoundingClientRect().right <= bars.right);
+  found.likeliest = target({scores: [["7", .6], ["10", .3], ["2", .1]], maps: {contrast: {2: {data: ""}, 10: {data: ""}}}}, "contrast", "7");
   $("theme").click(); found.paper = getComputedStyle(document.body).backgroundColor;
   $("theme").click(); found.otherPaper = getComputedStyle(document.body).backgroundColor;
   found.wide = document.documentElement.scrollWidth <= innerWidth;

@@ -332,10 +332,15 @@ def test_gone_on_with_sheet_and_report_are_those_of_one_run(there, run, images, 
         assert [file.read_bytes() for file in made] == whole
 
 
-def test_shards_have_a_sheet_each(run, images, tmp_path):
-    options = (images / "0", "--batch-size", 20, "--maps", tmp_path)
+def test_shards_have_a_sheet_and_a_page_each(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("vit.run.UNIT", 20)
+    options = (images / "0", "--batch-size", 20, "--maps", tmp_path, "--report", tmp_path / "page.html")
     for part in ("1", "2"):
-        assert f"side by side in {tmp_path}/sheet-{part}-of-2.png" in run(*options, "--shard", f"{part}/2")[2]
+        said = run(*options, "--shard", f"{part}/2")[2]
+        assert f"side by side in {tmp_path}/sheet-{part}-of-2.png" in said
+        assert f"page: {tmp_path}/page-{part}-of-2.html" in said
+        assert (tmp_path / f"page-{part}-of-2.html").exists()
+    assert not (tmp_path / "page.html").exists()
     first, second = (Image.open(tmp_path / f"sheet-{part}-of-2.png").tobytes() for part in (1, 2))
     assert first != second
     assert not (tmp_path / "sheet.png").exists()
@@ -402,12 +407,16 @@ def test_maps_are_no_images_of_the_next_run(run, images, tmp_path, monkeypatch):
     assert err == "predict.py: --maps .: . lies in it; maps would be taken for images, name another\n"
 
 
-def test_shards_are_one_run(run, images):
-    options = (images, "--recursive", "--format", "jsonl", "--batch-size", 8)
-    whole = run(*options)[1].splitlines()
-    parts = [run(*options, "--shard", f"{i}/4")[1].splitlines() for i in range(1, 5)]
+def test_shards_are_one_run(run, images, monkeypatch):
+    monkeypatch.setattr("vit.run.UNIT", 8)
+    options = (images, "--recursive", "--format", "jsonl")
+    whole = run(*options, "--batch-size", 8)[1].splitlines()
+    parts = [run(*options, "--batch-size", 8, "--shard", f"{i}/4")[1].splitlines() for i in range(1, 5)]
     assert sorted(line for part in parts for line in part) == sorted(whole)
     assert min(map(len, parts)) >= 24
+    for i, part in enumerate(parts, 1):  # on machines with batches of other sizes too
+        other = run(*options, "--batch-size", 3 * i, "--shard", f"{i}/4")[1].splitlines()
+        assert [json.loads(line)["path"] for line in other] == [json.loads(line)["path"] for line in part]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -463,6 +472,35 @@ def fed(paths: Path, err: Path, args: list[str]) -> None:
     """The command with standard input and standard error on files."""
     sys.stdin, sys.stderr = paths.open(), err.open("w")
     command(args)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_an_image_that_was_repaired_meanwhile_is_no_other_run(ending, run, images, tmp_path):
+    out, folder = tmp_path / f"out.{ending}", tmp_path / "images"
+    shutil.copytree(images / "0", folder)
+    names = sorted(folder.iterdir())
+    good = next(path for path in names if run(path)[0] == 0).read_bytes()
+    names[2].write_bytes(b"damaged")
+    options = (folder, "--batch-size", 4, "--out", out)
+    assert run(*options)[0] == 3
+    lines = out.read_bytes().splitlines(True)
+    names[2].write_bytes(good)
+    out.unlink()
+    kept = b"".join(lines[: 3 + (ending == "csv")])
+    (tmp_path / f"out.{ending}.partial").write_bytes(kept)  # within the first batch, which is run again
+    assert run(*options, "--resume")[0] == 3
+    assert out.read_bytes() == b"".join(lines)  # and the record of then stays
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_resuming_refuses_maps_of_another_method(ending, run, images, tmp_path):
+    out = tmp_path / f"out.{ending}"
+    options = (images / "0", "--batch-size", 4, "--out", out, "--maps", tmp_path / "maps")
+    run(*options)
+    code, _, err = run(*options, "--resume", "--method", "last")
+    assert code == 2
+    assert "the maps so far are by rollout, not last; give --method rollout, or run without --resume" in err
+    assert run(*options, "--resume")[0] in (0, 3)
 
 
 def test_resuming_refuses_other_images_and_other_options(run, images, tmp_path):

@@ -200,8 +200,8 @@ VISIT = f"<script>{(Path(__file__).parent / 'report_visit.js').read_text()}</scr
 @pytest.mark.parametrize(
     ("window", "total", "said"),
     [
-        ("1280,900", 596, "3 of 596 images · "),
-        ("500,800", SURVEYED, "3 of the first 50,000 images · "),
+        ("1280,900", 596, "3 of 596 images, examples of the classes and an even sample · 12 classes · "),
+        ("500,800", SURVEYED, "3 of the first 50,000 images, examples of the classes and an even sample · "),
         ("500,800", 3, "3 images · "),
     ],
 )
@@ -212,7 +212,7 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
         view("dog", right=None, folder=None, shares={}),
         view("ship", **never, folder={"images": 1, "right": 0.0, "taken for": ["cat", 1.0]}),
     ]
-    long = entry(2, scores={"long-haired dachshund": 0.7, "Rhinozerosvogelfamilie": 0.3})
+    long = entry(2, scores={"long-haired dachshund": 0.7, "Rhinozerosvogelfamilie": 0.2, "of many words " * 9: 0.1})
     rows = np.broadcast_to(np.eye(16)[:, None, :, None], (16, 6, 16, 6))  # each patch attends to its own row
     fine = entry(1, grid=(16, 6), attention={"heads": np.ones((2, 3, 16, 6)), "patches": rows})
     page = write_report(tmp_path / "r.html", ABOUT, [entry(0), fine, long], views, total)
@@ -276,4 +276,7 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert found["opened"] == ["photos/2.jpg", False, True]
     assert found["paper"] != found["otherPaper"]
     assert found["wide"]
+    assert found["longest"]
+    assert found["percents"]
+    assert found["likeliest"] == "10"  # not 2, which JavaScript puts first
     assert found["wideClasses"]

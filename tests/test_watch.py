@@ -98,5 +98,7 @@ def test_it_shows_the_images_of_the_data_set():
 
 
 def test_numbers_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="Watch: method 'rolout' is not one of rollout, "):
+        Watch(method="rolout")
     with pytest.raises(ValueError, match="at least 1 epoch and 1 image, got 0 and 16"):
         Watch(every_n_epochs=0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from vit.predictor import Predictor, batches
@@ -19,13 +20,15 @@ from vit.preprocess import ImageError, open_image
 from vit.records import OutputError, shown
 from vit.report import LONGEST, write_report
 from vit.rollout import CLASS_METHOD, CLASS_SPECIFIC, attention_map, layer_attention
-from vit.survey import SURVEYED, Survey
+from vit.survey import CLASSES, SURVEYED, Survey
 from vit.visualize import LARGEST, contact_sheet, overlay
 
 SHEET = 64  # images on the sheet
 REPORT = 200  # images in the report: an even sample of those surveyed, with each class's examples
 THUMBNAIL = 448  # pixels; what is kept for the sheet is no larger, so that memory stays flat
-AT_ONCE = 8  # images whose attention in all layers is held at a time, for the report
+AT_ONCE = 8  # images whose attention in all layers is held at a time, for the report, at most ...
+PATCHES = 2**24  # ... of so many squares of patches together: 64 MiB
+METHOD = "map"  # the name under which a picture says how its map was made
 ASKED, LIKELY = 5, 0.02  # classes an image's report has maps for, at most; those above this probability, at least two
 NAME_MAX = 255  # bytes that file systems allow a name
 
@@ -48,10 +51,11 @@ def map_name(path: str, *, absolute: bool = False) -> str:
     return f"%73{name[1:]}" if re.match(r"sheet(-\d+-of-\d+)?\.png(/|$)", name) else name
 
 
-def sheet_name(shard: tuple[int, int]) -> str:
-    """The sheet's file inside the maps' folder: parts of a run that share the folder have one each."""
+def of_shard(file: str, shard: tuple[int, int]) -> str:
+    """What a file is called: parts of a run have a sheet, and a report, each."""
     part, parts = shard
-    return f"sheet-{part}-of-{parts}.png" if parts > 1 else "sheet.png"
+    stem, ending = os.path.splitext(file)
+    return f"{stem}-{part}-of-{parts}{ending}" if parts > 1 else file
 
 
 def escaped(part: str) -> str:
@@ -99,9 +103,10 @@ class Gallery:
         shard: tuple[int, int] = (1, 1),
         absolute: bool = False,
     ):
+        report = report and of_shard(report, shard)
         self.predictor, self.method, self.folder, self.report = predictor, method, folder, report
         self.absolute = absolute
-        self.sheet = sheet_name(shard)
+        self.sheet = of_shard("sheet.png", shard)
         self.survey = Survey(predictor.class_names) if report else None
         self.limit = SURVEYED if report else SHEET  # of the first so many images something is kept until the end
         self.entries: list[dict[str, Any]] = []
@@ -155,15 +160,31 @@ class Gallery:
             self._save(contact_sheet(self.entries[:SHEET]), f"{self.folder}/{self.sheet}")
         if end and self.report and self.survey and self.survey.paths:
             view = self.survey.view()
-            entries = explored(self.predictor, self.survey.chosen(view, REPORT), self.method)
+            entries = explored(self.predictor, self.survey.chosen(view[:CLASSES], REPORT), self.method)
             with _named(self.report):
                 write_report(self.report, self.predictor.about, entries, view, self.survey.total)
 
-    @staticmethod
-    def _save(picture: Image.Image, file: str) -> None:
+    def refuse_other(self, file: str) -> None:
+        """See that a map of the run that is gone on with was made by the same method, which is written in it.
+
+        Raises:
+            OutputError: If it was not.
+        """
+        try:
+            with Image.open(file) as image:
+                method = image.info.get(METHOD, self.method)
+        except OSError:  # moved away meanwhile
+            return
+        if method != self.method:
+            words = f"the maps so far are by {method}, not {self.method}"
+            raise OutputError(f"{file}: {words}; give --method {method}, or run without --resume to start again")
+
+    def _save(self, picture: Image.Image, file: str) -> None:
+        text = PngInfo()
+        text.add_text(METHOD, self.method)
         with _named(file):
             os.makedirs(os.path.dirname(file), exist_ok=True)
-            picture.save(file, "PNG", compress_level=1)
+            picture.save(file, "PNG", compress_level=1, pnginfo=text)
 
 
 @contextmanager
@@ -225,8 +246,9 @@ def explored(predictor: Predictor, paths: Iterable[str], method: str) -> Iterato
         except ImageError:
             return None
 
+    rows, columns = predictor.model.grid_size
     with ThreadPoolExecutor(thread_name_prefix="report") as pool:
-        for part in batches(paths, AT_ONCE):
+        for part in batches(paths, max(1, min(AT_ONCE, PATCHES // (rows * columns) ** 2))):
             found = [(path, *loaded) for path, loaded in zip(part, pool.map(load, part), strict=True) if loaded]
             if not found:
                 continue

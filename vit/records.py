@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from rich.cells import cell_len
 
 Record = dict[str, Any]
+Kept = tuple[Record, bytes]  # a record that is there already, and how it is written
 PARTIAL = ".partial"  # what an unfinished output file is called, behind its name
 ROW_GROUP = 8192  # records that Parquet holds in memory before it writes them
 
@@ -46,7 +47,7 @@ class Format:
     def end(self) -> bytes:
         return b""
 
-    def read(self, file: BinaryIO) -> Iterator[tuple[Record, bytes]]:
+    def read(self, file: BinaryIO) -> Iterator[Kept]:
         raise NotImplementedError
 
 
@@ -56,7 +57,7 @@ class JsonLines(Format):
     def record(self, record: Record) -> bytes:
         return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
-    def read(self, file: BinaryIO) -> Iterator[tuple[Record, bytes]]:
+    def read(self, file: BinaryIO) -> Iterator[Kept]:
         """Whole records and their bytes; a torn one at the end is left out."""
         for line in file:
             if not line.endswith(b"\n"):
@@ -114,8 +115,8 @@ class Csv(Format):
         # Written to end with \r\n, so that cells with either are quoted; stored as other tools like it.
         return text.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace") + b"\n"
 
-    def read(self, file: BinaryIO) -> Iterator[tuple[Record, bytes]]:
-        """Whole records (path, first label, error) and their bytes; a torn one at the end is left out."""
+    def read(self, file: BinaryIO) -> Iterator[Kept]:
+        """Whole records (path, first label, error, map) and their bytes; a torn one at the end is left out."""
         taken: list[bytes] = []
 
         def lines() -> Iterator[str]:
@@ -136,7 +137,8 @@ class Csv(Format):
                     continue
                 cells = dict(zip(self.columns, row, strict=True))
                 error = {"error": cells["error"]} if cells["error"] else {"predictions": [{"label": cells["label_1"]}]}
-                yield {"path": cells["path"], "unsure": cells.get("unsure") == "True", **error}, data
+                more = {"unsure": cells.get("unsure") == "True", "map": cells.get("map") or None}
+                yield {"path": cells["path"], **more, **error}, data
         except csv.Error:
             return  # the file ends inside quotes: torn
 
@@ -284,7 +286,7 @@ class Output:
             os.ftruncate(descriptor, 0)
         return descriptor
 
-    def kept(self) -> Iterator[tuple[Record, bytes]]:
+    def kept(self) -> Iterator[Kept]:
         """Whole records of the run that is gone on with; when they are used up, a torn one behind them is cut off."""
         if self.path is None:
             return

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vit.checkpoint import Checkpoint
 from vit.records import shown
-from vit.survey import DEFINITIONS, SURVEYED, merging
+from vit.survey import CLASSES, DEFINITIONS, SURVEYED, merging
 from vit.visualize import PIXELATED, color_table
 
 LONGEST = 448  # pixels of an image's longer side in the page; 200 photographs stay below 20 MiB with it
@@ -39,7 +39,8 @@ def write_report(
             grid, or to a mapping of class name to grid for methods that depend on the class), and optionally
             ``attention`` with ``heads`` (layers, heads, grid height, grid width) and ``patches`` (grid height,
             grid width, grid height, grid width): what the pooled token and what each patch attends to.
-        classes: What ``vit.survey.Survey.view`` says of each class; none for a page without that part.
+        classes: What ``vit.survey.Survey.view`` says of each class, of which the first CLASSES are shown; none for a
+            page without that part.
         total: How many images the entries were chosen from; 0 where they are all.
     """
     path = Path(path)
@@ -50,7 +51,8 @@ def write_report(
         file.write(f'{{"about":{_json(_about(about))},"colors":{_json(_base64(color_table()))},"entries":[')
         for i, entry in enumerate(entries):
             file.write(("," if i else "") + "\n" + _json(_entry(entry)))
-        file.write(f'],"total":{total},"limit":{SURVEYED},"classes":{_json([_class(view) for view in classes])}')
+        kinds = [_class(view) for view in classes[:CLASSES]]
+        file.write(f'],"total":{total},"limit":{SURVEYED},"classes":{_json(kinds)},"kinds":{len(classes)}')
         file.write(f',"definitions":{_json(DEFINITIONS)}}}' + after)
     return path
 

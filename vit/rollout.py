@@ -441,7 +441,8 @@ def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int
     Args:
         model: The model.
         grid: Rows and columns of patches.
-        way: A method, or for rollout ``fused``, through the fused kernel, and ``by rows``, in blocks of them.
+        way: A method, ``layers`` for ``layer_attention``, or for rollout ``fused``, through the fused kernel, and ``by
+            rows``, in blocks of them.
     """
     heads, depth, width = model.architecture["num_heads"], len(model.blocks), model.architecture["embed_dim"]
     tokens = grid[0] * grid[1] + model.num_prefix_tokens
@@ -478,6 +479,12 @@ def layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, T
         model: In eval mode.
         images: Normalised images (B, in_chans, H, W), on the model's device and of its type.
     """
+    found = [_layer_attention(model, part) for part, _ in _parts(model, images, "layers", None, None)]
+    logits, heads, mean = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logits, heads, mean
+
+
+def _layer_attention(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grid = model.grid_of(images.shape[-2], images.shape[-1])
     patches = slice(model.num_prefix_tokens, None)
     x, turns = model.embed(images)

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from vit.gallery import Gallery
     from vit.inputs import Inputs, Unreadable
     from vit.predictor import Predictor
-    from vit.records import Format, Output, Record
+    from vit.records import Format, Kept, Output, Record
 
     Item = str | Unreadable
 
+UNIT = 64  # images that one part of a run (--shard) takes together: the same everywhere, whatever the batches there
 LONG = 50_000  # images for which a GPU's minute of compiling is won back
 OK, USAGE, SOME_FAILED, NONE_SUCCEEDED = 0, 2, 3, 4
 
@@ -162,12 +163,14 @@ def load_and_classify(options: argparse.Namespace) -> int:
         return USAGE
     summary.tell(inputs)
     if summary.classified and options.maps:
-        from vit.gallery import sheet_name
+        from vit.gallery import of_shard
 
-        sheet = os.path.join(options.maps, sheet_name(options.shard))
+        sheet = os.path.join(options.maps, of_shard("sheet.png", options.shard))
         say(f"  maps: {options.maps}, the first of them side by side in {sheet}")
     if summary.classified and options.report:
-        say(f"  page: {options.report}")
+        from vit.gallery import of_shard
+
+        say(f"  page: {of_shard(options.report, options.shard)}")
     if not summary.failed and (summary.classified or options.shard[1] > 1):
         return OK
     return SOME_FAILED if summary.classified else NONE_SUCCEEDED
@@ -268,10 +271,11 @@ def classify(
     from vit.records import OutputError, Table
 
     part, parts = options.shard
-    pieces = islice(batches(inputs, options.batch_size or work.batch_size), part - 1, None, parts)
-    again: list[bytes] = []  # records that are there already and are made once more, to see that they are the same
+    mine = chain.from_iterable(islice(batches(inputs, UNIT), part - 1, None, parts)) if parts > 1 else inputs
+    pieces = batches(mine, options.batch_size or work.batch_size)
+    again: list[Kept] = []  # records that are there already and are made once more, to see that they are the same
     if options.resume:
-        pieces, again = resumed(pieces, output, summary, rerun_first=gallery.limit if gallery else 0)
+        pieces, again = resumed(pieces, output, summary, gallery)
     output.start()
     advance(summary.resumed - len(again))
     done = 0
@@ -282,7 +286,8 @@ def classify(
             output.format.widen(map(path_of, sources))
         for record in records_of(batch, options, predictor, gallery):
             if done < len(again):
-                if output.format.record(record) != again[done] and b'"error"' not in again[done]:
+                before, data = again[done]
+                if output.format.record(record) != data and "error" not in before:
                     raise OutputError(
                         f"{output.name}: this run gives another record for {record['path']} than the unfinished one: "
                         "other weights, options or machine; run without --resume to start again"
@@ -297,21 +302,22 @@ def classify(
 
 
 def resumed(
-    pieces: "Iterator[list[Item]]", output: "Output", summary: "Summary", *, rerun_first: int
-) -> "tuple[Iterator[list[Item]], list[bytes]]":
+    pieces: "Iterator[list[Item]]", output: "Output", summary: "Summary", gallery: "Gallery | None"
+) -> "tuple[Iterator[list[Item]], list[Kept]]":
     """The batches that are to do, and the records that are there of those: the first ones, and from the last recorded.
 
     Args:
         pieces: All batches.
         output: Holds the records so far; their paths must be those of the inputs.
         summary: Counts them.
-        rerun_first: Of so many classified images the batches are run again: the sheet and the report are of them.
+        gallery: Of its first images the batches are run again, as sheet and report are of them; its maps are the run's.
     """
     from vit.records import OutputError, shown
 
-    kept = output.kept()
+    kept, rerun_first = output.kept(), gallery.limit if gallery else 0
     todo: list[list[Item]] = []
-    again: list[bytes] = []
+    again: list[Kept] = []
+    mapped = False
     first = 0, 0  # how many of each are to stay
     for batch in pieces:
         records = list(islice(kept, len(batch)))
@@ -325,10 +331,13 @@ def resumed(
                     f"{output.name}: its records have {shown(record['path'])} where the images now have "
                     f"{shown(path_of(item))}; run without --resume to start again"
                 )
+            if gallery and record.get("map") and not mapped:
+                mapped = True
+                gallery.refuse_other(record["map"])
             summary.add(record)
             summary.resumed += 1
         todo.append(batch)
-        again += [data for _, data in records]
+        again += records
         if len(records) < len(batch):
             break
     if next(kept, None) is not None:
@@ -449,8 +458,9 @@ def progress(options: argparse.Namespace, inputs: "Inputs", batch_size: int) -> 
                 if stop.is_set():
                     return
             part, parts = options.shard
-            starts = range((part - 1) * batch_size, total, parts * batch_size)
-            bar.update(task, total=sum(min(batch_size, total - start) for start in starts), left="left")
+            starts = range((part - 1) * UNIT, total, parts * UNIT)
+            mine = total if parts == 1 else sum(min(UNIT, total - start) for start in starts)
+            bar.update(task, total=mine, left="left")
 
         if inputs.stdin is None:
             threading.Thread(target=count, daemon=True).start()

@@ -97,7 +97,7 @@ class Survey:
         nothing |= {"examples": {}, "truths": {}}
         views += [{"name": self.class_names[c], **nothing} for c in folders if c not in maps]
         views = [view | {"folder": folders.get(self.number[view["name"]])} for view in views]
-        return sorted(views, key=lambda view: (view["hint"] is None, -view["images"]))[:CLASSES]
+        return sorted(views, key=lambda view: (view["hint"] is None, -view["images"]))
 
     def _folders(self, labels: np.ndarray) -> dict[int, dict[str, Any]]:
         """For each class with a folder: its images, the share called so, and what most others are called."""

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vit.preprocess import MODES, Preprocess
+from vit.rollout import METHODS
 
 
 class Watch(Callback):
@@ -25,6 +26,8 @@ class Watch(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 5, images: int = 16, method: str = "rollout"):
+        if method not in METHODS:
+            raise ValueError(f"Watch: method {method!r} is not one of {', '.join(METHODS)}")
         if every_n_epochs < 1 or images < 1:
             raise ValueError(f"Watch needs at least 1 epoch and 1 image, got {every_n_epochs} and {images}")
         self.every_n_epochs, self.images, self.method = every_n_epochs, images, method
