@@ -51,9 +51,11 @@ from vit.classifier import ViTClassifier
 from vit.info import flops
 from vit.memory import keep_freed_memory
 from vit.optim import build_optimizer
+from vit.predictor import has_bfloat16
 
 WARMUP, STEPS = 4, 16  # steps of each turn
 GPU_WARMUP, GPU_STEPS = 20, 100
+LEFT_OUT = {"accumulate_grad_batches": (1,), "limit_train_batches": (None, 1, 1.0), "callbacks": (None, [])}
 
 
 def steps_of(device: torch.device) -> tuple[int, int]:
@@ -140,9 +142,14 @@ def held_at(model: ViTClassifier, factor: float, compiles: bool | None = None) -
 
 def bare_trainer(cli: Any, callback: Callback, **limits: Any) -> Trainer:
     """Lightning's trainer as the config has it, but nothing validated, logged or saved."""
-    names = ("accelerator", "devices", "strategy", "precision", "gradient_clip_val", "benchmark")
+    given = cli.config.trainer
+    for name, usual in LEFT_OUT.items():
+        if given[name] not in usual:
+            raise SystemExit(f"trainer.{name} {given[name]}: what is measured here would go without; leave it out")
+    names = ("accelerator", "devices", "strategy", "gradient_clip_val", "benchmark")
     return Trainer(
-        **{name: cli.config.trainer[name] for name in names},
+        **{name: given[name] for name in names},
+        precision="32-true" if given.precision == "bf16-mixed" and not in_bf16(cli) else given.precision,
         **limits,
         callbacks=[callback],
         limit_val_batches=0,
@@ -153,6 +160,11 @@ def bare_trainer(cli: Any, callback: Callback, **limits: Any) -> Trainer:
         use_distributed_sampler=False,
         default_root_dir=tempfile.gettempdir(),
     )
+
+
+def in_bf16(cli: Any) -> bool:
+    """Whether the config's trainer computes in bfloat16; as in train.py, where the hardware has it."""
+    return "bf16" in str(cli.config.trainer.precision) and has_bfloat16(device_of(cli))
 
 
 def device_of(cli: Any) -> torch.device:
@@ -290,7 +302,7 @@ def load(config: str, dataset: str, *more: str) -> Any:
 def compare(cli: Any, dataset: str, turns: int, workers: int) -> Iterator[tuple[list[dict[str, Any]], float]]:
     """After each resolution: a line for it and each way, and the minutes of the config's steps up to here."""
     device = device_of(cli)
-    bf16 = "bf16" in str(cli.config.trainer.precision)
+    bf16 = in_bf16(cli)
     cli.datamodule.augment = replace(cli.datamodule.augment, mix_until=1.0)  # throughout: it is the dearer part
     top = peak(device, torch.bfloat16 if bf16 else torch.float32)
     size, batch, smoothing = cli.datamodule.image_size, cli.datamodule.batch_size, cli.model.label_smoothing
@@ -341,7 +353,7 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> Iterator[tuple[
                 taken[name].append(ways[name]())
         first = [speed.seconds for speed in taken["this project, under Lightning"]]
         minutes += (until - previous) * total * statistics.median(first) / 60
-        work = 3 * flops(held_at(cli.model, 1.0).vit) * (side[0] * side[1]) / (size[0] * size[1])
+        work = 3 * flops(cli.model.vit, side)
         rows = []
         for name, speeds in taken.items():
             rate = batch / statistics.median(speed.seconds for speed in speeds)
@@ -391,7 +403,8 @@ def growth(config: str, dataset: str) -> list[dict[str, Any]]:
     usual = {"size": 32, "batch": 64, "workers": 2, "processes": 1}
     settings = [usual | {"size": size} for size in (32, 64, 128, 224)]
     settings += [usual | {"batch": batch} for batch in (128, 512)]
-    settings += [usual | {"size": 128, "workers": 1}, usual | {"processes": 2}]
+    settings += [usual | {"size": 128, "workers": 1}]
+    settings += [usual | {"processes": 2}] if torch.cuda.device_count() != 1 else []  # one GPU takes one process
     rows = []
     for setting in settings:
         context = multiprocessing.get_context("spawn")

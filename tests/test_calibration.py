@@ -40,6 +40,11 @@ def test_is_the_minimum_of_the_likelihood(temperature):
     assert found((logits, labels)) == pytest.approx(np.exp(best.x), rel=1e-3)
 
 
+@pytest.mark.parametrize("logits", [torch.zeros(40, 5), 1e6 * torch.eye(5).repeat(8, 1)], ids=["the same", "certain"])
+def test_scores_stay_as_they_are_where_no_temperature_is_better(logits):
+    assert found((logits, torch.arange(5).repeat(8))) == 1
+
+
 def test_ladder_is_as_said():
     assert float(TEMPERATURES[0]) == pytest.approx(0.25)
     assert float(TEMPERATURES[-1]) == pytest.approx(8)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from sklearn import metrics
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from data.datamodule import Batch
@@ -350,6 +352,30 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, saved, change, message
         trainer(tmp_path).validate(
             classifier(**change), loader(batch_of(4)), ckpt_path=saved[1], weights_only=True, verbose=False
         )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_all_blocks_of_a_model_that_is_shared_out_are_compiled(tmp_path, monkeypatch):
+    """At every size of the images; they are compiled one by one, each for its rate of stochastic depth."""
+    graphs: list[Any] = []
+    settings = {"backend": lambda graph, inputs: graphs.append(graph) or graph.forward}
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, **options | settings))
+    torch.compiler.reset()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        vit = classifier(depth=10, drop_path_rate=0.1).vit.train()
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*vit.blocks, vit):
+            fully_shard(part, mesh=mesh)
+        network, counts = compiled(vit), []
+        for size in (8, 6, 4):
+            network(torch.randn(2, 1, size, size)).sum().backward()
+            counts.append(len(graphs) - sum(counts))
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.compiler.reset()
+    assert min(counts) >= 10  # torch stops at 8, unless told (which timm.optim does as it is imported)
 
 
 def test_device_is_named():

@@ -159,6 +159,17 @@ def test_command_writes_beside_the_checkpoint(tmp_path, capsys):
     assert load_pretrained(tmp_path / "model_timm")[1].class_names == CLASSES
 
 
+def test_an_export_of_a_folder_lies_beside_it(tmp_path, monkeypatch, capsys):
+    model, about = made()
+    path = save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), about)
+    assert export.main([str(path), "--format", "timm"]) == 0
+    assert export.main([str(tmp_path / "model_timm"), "--format", "timm"]) == 0
+    assert (tmp_path / "model_timm_timm" / "config.json").exists()
+    monkeypatch.chdir(tmp_path / "model_timm")
+    assert export.main([".", "--format", "onnx", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}: a folder; name the file, such as {tmp_path}/model.onnx" in capsys.readouterr().err
+
+
 def test_command_refuses_in_one_line(tmp_path, capsys):
     assert export.main([str(tmp_path / "none.safetensors"), "--format", "onnx"]) == 2
     model, about = made(stem="conv")

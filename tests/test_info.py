@@ -37,6 +37,8 @@ def test_flops_are_two_for_each_multiply_add(depth, embed_dim, size):
     block = n * d * 3 * d + 2 * n * n * d + n * d * d + 2 * n * d * 4 * d  # qkv, scores and sum, projection, MLP
     last = n * d * 3 * d + 2 * n * d + d * d + 2 * d * 4 * d  # of the last block only the class token is needed
     assert info.flops(model) == 2 * (patches + (depth - 1) * block + last + d * 1000)
+    large = VisionTransformer(**{**model.architecture, "image_size": (256, 256)})
+    assert info.flops(model, (256, 256)) == info.flops(large) > info.flops(model)
 
 
 def test_command_says_what_there_is(tmp_path, capsys):

@@ -550,8 +550,10 @@ def test_what_makes_no_sense_is_refused(model, arguments: dict[str, Any], words:
         attention_map(model, images_for(model), **arguments)
 
 
+@pytest.mark.parametrize("memory", [module.MEMORY, 1], ids=["at once", "one by one"])
 @pytest.mark.parametrize("pool", ["token", "mean"])
-def test_layer_attention(pool):
+def test_layer_attention(pool, memory, monkeypatch):
+    monkeypatch.setattr(module, "MEMORY", memory)
     model = build(pool=pool, image_size=(8, 20), num_registers=2)
     images = images_for(model)
     logits, heads, patches = layer_attention(model, images)

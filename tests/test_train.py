@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import data.cache
 import train
 from data.sources import Split, load_digits
 from vit import Predictor
-from vit.checkpoint import load_checkpoint
+from vit.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -634,7 +635,7 @@ def test_out_of_time_is_not_done(steps, tmp_path, monkeypatch):
     assert all(torch.equal(first[key], value) for key, value in second.items())
 
 
-def test_weights_are_measured_with_their_own_preprocessing(tmp_path):
+def test_weights_are_measured_with_their_own_preprocessing(tmp_path, capfd):
     """Dark images stay dark: their own mean would make them as bright as those of the training.
 
     Also those of ``model.safetensors``, which is all that may be left of a run.
@@ -662,6 +663,12 @@ def test_weights_are_measured_with_their_own_preprocessing(tmp_path):
     (of_file,) = table(other / "test")
     assert of_file == pytest.approx({**of_run, "epoch": of_file["epoch"], "step": of_file["step"]}, rel=1e-5)
     assert of_file["test/ece_calibrated"] != of_file["test/ece"]
+    assert "predict.py sees" not in capfd.readouterr().err
+    cut = replace(about, preprocess=replace(about.preprocess, crop=0.875, interpolation="bilinear"))
+    path = save_checkpoint(tmp_path / "cut.safetensors", model.state_dict(), cut)
+    assert run("test", other, *data, dark_ones, f"--model.pretrained={path}") == 0
+    words = f"{path}: predict.py sees of an image the middle 87.5%, bilinear; here it is all of it, bicubic"
+    assert words in capfd.readouterr().err
 
 
 def test_options_are_not_abbreviated(capsys):

@@ -6,6 +6,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 TEMPERATURES = torch.logspace(-2, 3, 121, base=2.0)  # 0.25 to 8, each 3 % above the last
+TIE = 1e-6  # what rounding makes of equal sums, as a share
 
 
 class Temperature(Metric):
@@ -28,11 +29,13 @@ class Temperature(Metric):
             self.nll[i] += F.cross_entropy(logits.float() / temperature, labels, reduction="sum")
 
     def compute(self) -> Tensor:
-        """The temperature, a number in [0.25, 8]."""
-        best = int(self.nll.argmin())
+        """The temperature, in [0.25, 8]; of several that are as good, as where all is certain, that nearest to 1."""
         ladder = TEMPERATURES.to(self.nll.device, torch.float64).log2()
+        good = (self.nll <= (1 + TIE) * self.nll.min() + TIE).nonzero()[:, 0]
+        best = int(good[ladder[good].abs().argmin()])
         if best in (0, len(ladder) - 1):
             return ladder[best].exp2().float()
         left, middle, right = self.nll[best - 1 : best + 2]
-        shift = 0.5 * (left - right) / (left - 2 * middle + right)
+        bend = left - 2 * middle + right
+        shift = (0.5 * (left - right) / bend).clamp(-1, 1) if bend > TIE * middle else 0  # no bend: all are as good
         return (ladder[best] + shift * (ladder[1] - ladder[0])).exp2().float()

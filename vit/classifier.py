@@ -168,6 +168,11 @@ class ViTClassifier(LightningModule):
             self.vit, self.adapted = start_from(self.pretrained, **facts, mean=theirs.mean, std=theirs.std)
             self.preprocess = replace(self.preprocess, mean=theirs.mean, std=theirs.std)
             self.temperature.fill_(about.temperature)
+        if (theirs.crop, theirs.interpolation) != (self.preprocess.crop, self.preprocess.interpolation):
+            cut = f"the middle {theirs.crop:.1%}, {theirs.interpolation}"  # the images are decoded already
+            print(
+                f"{self.pretrained}: predict.py sees of an image {cut}; here it is all of it, bicubic", file=sys.stderr
+            )
         return self.preprocess
 
     def configure_model(self) -> None:

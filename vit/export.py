@@ -219,6 +219,8 @@ def main(args: list[str] | None = None) -> int:
         if not about.class_names:
             raise CheckpointError(f"{options.checkpoint}: a backbone without classes; fine-tune it first")
         out = options.out or _beside(options.checkpoint, options.format)
+        if options.format == "onnx" and out.is_dir():
+            raise CheckpointError(f"--out {out}: a folder; name the file, such as {out / 'model.onnx'}")
         if options.format == "timm":
             export_timm(model, about, out)
             print(f'{out}: timm.create_model("local-dir:{out}", pretrained=True)')
@@ -233,9 +235,12 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _beside(checkpoint: str, form: str) -> Path:
-    """Where an export goes if nobody says: next to a file, or here for a name."""
+    """Where an export goes if nobody says: next to a file or a folder, or here for a name."""
     path = Path(checkpoint)
-    stem = path.with_suffix("") if path.is_file() else Path(path.name.partition("=")[0])
+    if path.is_dir():
+        stem = path.resolve()  # of "." too, which has no name
+    else:
+        stem = path.with_suffix("") if path.is_file() else Path(path.name.partition("=")[0])
     return stem.with_name(f"{stem.name}_timm") if form == "timm" else stem.with_name(f"{stem.name}.onnx")
 
 

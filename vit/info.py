@@ -18,14 +18,18 @@ from vit.records import printable
 SHOWN = 12  # class names that are listed
 
 
-def flops(model: VisionTransformer) -> int:
-    """Floating-point operations for one image of the model's size, a multiply-add counting as two.
+def flops(model: VisionTransformer, size: tuple[int, int] | None = None) -> int:
+    """Floating-point operations for one image, a multiply-add counting as two.
 
     Matrix products and convolutions are counted, as is usual; nothing is computed.
+
+    Args:
+        model: The model.
+        size: Height and width of the image, in pixels; none for the model's.
     """
     with torch.device("meta"):
         shape = VisionTransformer(**model.architecture)
-        images = torch.empty(1, model.in_chans, *model.image_size)
+        images = torch.empty(1, model.in_chans, *(size or model.image_size))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shape.forward_attention(images, lambda weights: weights)  # whose products are all visible to the counter
     return counter.get_total_flops()
