@@ -358,9 +358,8 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, saved, change, message
 def test_all_blocks_of_a_model_that_is_shared_out_are_compiled(tmp_path, monkeypatch):
     """At every size of the images; they are compiled one by one, each for its rate of stochastic depth."""
     graphs: list[Any] = []
-    settings = {"backend": lambda graph, inputs: graphs.append(graph) or graph.forward}
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, **options | settings))
+    settings: dict[str, Any] = {"backend": lambda graph, inputs: graphs.append(graph) or graph.forward}
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, **settings))
     torch.compiler.reset()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

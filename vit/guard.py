@@ -168,7 +168,7 @@ class Guard(Checkpoint):
         if out_of_time(trainer) and not whole:
             self.done = None  # saved after the last step, before the validation of a moment that chance chose
         elif self.done or stopped or self.signal or self.due:
-            progress = trainer.fit_loop.epoch_progress
+            progress: Any = trainer.fit_loop.epoch_progress
             for counts in (progress.current, progress.total):
                 counts.processed -= not whole  # or else a run that goes on would leave out the rest of the epoch
             self._save(trainer)

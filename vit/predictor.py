@@ -265,9 +265,10 @@ class Predictor:
         one = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
         if one or (isinstance(images, np.ndarray) and is_picture(images)):
             raise ValueError("predict_iter takes many images, in a list or the like; predict takes one")
-        if not isinstance(images, Sequence | np.ndarray):
-            images = map(kept, images)
-        for batch in self.classify(batches(images, batch_size or self.batch_size), workers=workers):
+        given: Iterable[Source | Unreadable] = (
+            images if isinstance(images, Sequence | np.ndarray) else map(kept, images)
+        )
+        for batch in self.classify(batches(given, batch_size or self.batch_size), workers=workers):
             rows = iter(batch.scores)
             for source, error in zip(batch.sources, batch.errors, strict=True):
                 yield self.prediction(next(rows)) if error is None else _named(source, error)
@@ -562,7 +563,7 @@ def kept(source: Source) -> Source | Unreadable:
     try:
         if isinstance(source, np.ndarray | Image.Image):
             return source.copy()
-        if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        if not isinstance(source, str | Path | io.TextIOBase) and hasattr(source, "read"):
             if getattr(source, "seekable", bool)():
                 source.seek(0)
             return io.BytesIO(source.read())
