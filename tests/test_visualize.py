@@ -11,11 +11,13 @@ from vit.visualize import (
     DIMMED,
     LARGEST,
     SMALLEST,
+    captioned,
     color_table,
     contact_sheet,
     enlarged,
     font,
     heat,
+    letters_of,
     overlay,
     shortened,
 )
@@ -142,6 +144,17 @@ def test_caption_fits(text):
         assert line.startswith("x")
         assert line.endswith("x")
     overlay(photograph(32, 32), GRID, caption=text)
+
+
+def test_letters_that_one_font_lacks_are_taken_from_another():
+    """Such as Chinese ones, which matplotlib's own lack; here those of a phonetic alphabet, which one of them has."""
+    usual = font(20, "cat 93.1 % собака").path
+    assert usual == font(20, "\udcff\uffff").path == font(20).path  # nobody has these
+    other = font(20, "ᶁᶄ 93.1 %").path
+    assert other != usual
+    assert {0x1D81, 0x1D84} <= letters_of(other) - letters_of(usual)
+    box = grey(captioned(Image.new("RGB", (100, 20)), "\uffff"))
+    assert (grey(captioned(Image.new("RGB", (100, 20)), "ᶁ")) != box).any()
 
 
 def test_contact_sheet_holds_every_image():

@@ -90,21 +90,50 @@ def color_table() -> np.ndarray:
     return (255 * colormaps[COLORS](np.arange(256))[:, :3]).astype(np.float32)
 
 
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own DejaVu Sans, in pixels: Latin, Greek, Cyrillic, Arabic, the same on every machine."""
+def font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """matplotlib's own DejaVu Sans, the same everywhere: Latin, Greek, Cyrillic, Arabic; for others what is there.
+
+    Args:
+        size: In pixels.
+        text: What is to be written. Where letters of it are missing (Chinese, Japanese, Korean), the font of this
+            machine that has most of them.
+    """
     from matplotlib import get_data_path
 
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    file, letters = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", frozenset(map(ord, text)) - {0x20}
+    if not letters <= letters_of(file):
+        from matplotlib.font_manager import fontManager
+
+        upright = (e for e in fontManager.ttflist if e.style == "normal" and e.weight in (400, 500))
+        others = {e.fname for e in upright if not e.name.startswith("Last Resort")}  # which has boxes for all letters
+        file = max([file, *sorted(others)], key=lambda other: len(letters & letters_of(other)))
+    return _face(file, size)
+
+
+@cache
+def _face(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
+
+
+@cache
+def letters_of(file: str) -> frozenset[int]:
+    """Letters of a font, by their numbers in Unicode; none of one that cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(file).get_charmap())
+    except (RuntimeError, OSError):
+        return frozenset()
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
     """An RGB picture with a line of text below it, shortened in the middle if it is too long."""
     size = min(max(14, picture.width // 40), 32)
-    line = shortened(text, font(size), picture.width)
+    letters = font(size, text)
+    line = shortened(text, letters, picture.width)
     result = Image.new("RGB", (picture.width, picture.height + 2 * size), PAPER)
     result.paste(picture, (0, 0))
-    ImageDraw.Draw(result).text((0, picture.height + size), line, fill=INK, font=font(size), anchor="lm")
+    ImageDraw.Draw(result).text((0, picture.height + size), line, fill=INK, font=letters, anchor="lm")
     return result
 
 
