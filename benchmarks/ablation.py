@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--name", default="ablation", help="of the result file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a thread each")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
 
     names = args.only or list(CHANGES)
     rows: list[dict[str, Any]] = [{"what": name, "accuracy": 0.0, "seeds": [], "core_minutes": []} for name in names]

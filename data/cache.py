@@ -115,7 +115,8 @@ class ImageFiles:
         try:
             file = self.file(index)
             with file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter ...
+                turned &= image.format != "TIFF"  # ... of which Pillow has seen to the size
                 width, height = image.size[::-1] if turned else image.size
                 return (width, height), int(np.asarray(image).max()) if image.mode.startswith("I") else None
         except Exception:  # which the check of all files has said

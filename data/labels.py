@@ -199,7 +199,7 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
         if missing := next((name for name in ("path", "label") if not values[name]), None):
             found = ", ".join(map(str, row)) if missing not in row else f"row {number} is empty there"
             raise DataError(f"{file}: needs a column {missing!r} for each image, but {found}")
-        if (first := seen.setdefault(os.path.normpath(file.parent / values["path"]), number)) != number:
+        if (first := seen.setdefault(os.path.abspath(file.parent / values["path"]), number)) != number:
             twice = f"rows {first} and {number} are both {values['path']}"
             raise DataError(f"{file}: {twice}: name each image once (data.balance shows small classes more often)")
         parts.setdefault(split_of(values["split"] or "train"), []).append((values["path"], composed(values["label"])))

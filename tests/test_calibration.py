@@ -45,6 +45,10 @@ def test_scores_stay_as_they_are_where_no_temperature_is_better(logits):
     assert found((logits, torch.arange(5).repeat(8))) == 1
 
 
+def test_weights_that_overflow_do_not_end_the_run():
+    assert found((torch.full((4, 5), torch.inf), torch.arange(4))) == 1
+
+
 def test_ladder_is_as_said():
     assert float(TEMPERATURES[0]) == pytest.approx(0.25)
     assert float(TEMPERATURES[-1]) == pytest.approx(8)

@@ -1,6 +1,7 @@
 """The system learns, measures what scikit-learn measures, and keeps what a checkpoint must hold."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from data.datamodule import Batch
 from vit.calibration import Temperature
 from vit.checkpoint import load_checkpoint
-from vit.classifier import BalancedAccuracy, ViTClassifier, compiled, device_name
+from vit.classifier import BalancedAccuracy, ViTClassifier, compiled, compiler_fault, device_name
 
 CLASSES = tuple("abcdefg")
 pytestmark = [
@@ -186,6 +187,46 @@ def test_a_machine_that_cannot_compile_says_so_and_trains_on(tmp_path, monkeypat
     trainer(tmp_path, max_steps=1).fit(model, loader(batch_of(8)))
     assert model.network is model.vit
     assert capsys.readouterr().err == f"going on without model.compile, which fails here: {fault}\n"
+
+
+@pytest.fixture
+def usual_compiler():
+    """Its settings, which are as they were after the test."""
+    from torch._inductor import config
+
+    with config.patch({"cpp.simdlen": None}):
+        yield config
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("cure", [True, False])
+def test_code_that_computes_something_else_is_not_trained_with(cure, monkeypatch, usual_compiler):
+    config = usual_compiler
+
+    def compile(function: Any) -> Any:
+        wrong = not cure or config.cpp.simdlen != 256
+        return lambda *given: function(*given) * (torch.nan if wrong else 1)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert compiler_fault(torch.device("cpu")) == (None if cure else "what is compiled computes something else")
+    assert config.cpp.simdlen == 256
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.usefixtures("usual_compiler")
+def test_compiled_gradients_are_those_of_the_plain_model():
+    """In 16 bits and in the shape of the CIFAR-10 recipe, where a compiler's mistake ended a run."""
+    assert compiler_fault(torch.device("cpu")) is None
+    shape = {"image_size": (16, 16), "embed_dim": 32, "depth": 1, "num_heads": 1}
+    model = classifier(**shape, pool="mean", qk_norm=True, rope=True).vit.train()
+    images, gradients = torch.randn(8, 1, 16, 16), []
+    for network in (model, compiled(model)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss = F.cross_entropy(network(images).float(), torch.arange(8) % 7)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    largest = max(gradient.abs().max() for gradient in gradients[0])
+    for expected, found in zip(*gradients, strict=True):
+        assert (found - expected).abs().max() < 0.05 * largest
 
 
 def test_small_images_are_means_of_large_ones():

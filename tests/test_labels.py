@@ -173,11 +173,14 @@ def test_unreadable_tables_are_one_line(tmp_path):
         list_table(tmp_path / "bad.parquet")
 
 
-def test_an_image_under_two_names_is_there_twice(tmp_path, load, rows):
+def test_an_image_under_two_names_is_there_twice(tmp_path, rows, monkeypatch):
     whole = {**rows[0], "path": str(tmp_path / rows[0]["path"]), "split": "val"}
     write(tmp_path / "table.csv", [*rows, whole])
     with pytest.raises(DataError, match=rf"rows 1 and {len(rows) + 1} are both "):
         list_table(tmp_path / "table.csv")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"rows 1 and {len(rows) + 1} are both "):
+        list_table(Path("table.csv"))
 
 
 def test_missing_image_of_a_table_is_named(tmp_path, load, rows):

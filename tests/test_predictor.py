@@ -1,11 +1,14 @@
 """The Python interface, against the model run by hand."""
 
+import gc
 import io
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import FrozenInstanceError
 from functools import partial
 from pathlib import Path
@@ -18,11 +21,11 @@ from PIL import Image, ImageSequence
 from timm.models import save_for_hf
 
 import vit
-from vit import Explanation, Prediction, Predictor
+from vit import Explanation, Prediction, Predictor, preprocess
 from vit.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from vit.model import VisionTransformer
 from vit.predictor import batches
-from vit.preprocess import ImageError, Preprocess
+from vit.preprocess import ImageError, Preprocess, open_image
 from vit.rollout import CLASS_METHOD, METHODS, attention_map
 
 NAMES = ("cat", "dog", "frog")
@@ -300,6 +303,37 @@ def test_what_was_given_before_an_error_is_answered(predictor):
     assert len(found) == 7
 
 
+def test_threads_may_take_the_same_image_from_generators(predictor, tmp_path):
+    pictures(1)[0].resize((900, 700)).save(tmp_path / "a.png")
+    expected = list(predictor.predict_iter([tmp_path / "a.png"] * 4))
+    for _ in range(5):
+        with (
+            open(tmp_path / "a.png", "rb") as file,
+            Image.open(tmp_path / "a.png") as opened,
+            ThreadPoolExecutor() as pool,
+        ):
+            for source in (file, opened):
+                found = pool.map(lambda source: list(predictor.predict_iter(iter([source] * 4))), [source] * 8)
+                assert list(found) == [expected] * 8
+
+
+def test_no_image_is_kept_when_it_is_answered(predictor):
+    """Nor until garbage is collected, which servers put off."""
+
+    class Frame(np.ndarray):
+        pass
+
+    gc.disable()
+    try:
+        frame = np.zeros((40, 40, 3), np.uint8).view(Frame)
+        still = weakref.ref(frame)
+        predictor.predict(frame)
+        del frame
+        assert still() is None
+    finally:
+        gc.enable()
+
+
 def test_many_classes_are_not_all_printed():
     scores = {f"class {number}": 2.0**-number for number in range(1, 1001)}
     text = repr(Prediction("class 1", 0.5, scores))
@@ -514,6 +548,21 @@ def test_grey_model(tmp_path):
     predictor = Predictor.from_checkpoint(checkpoint(tmp_path / "grey.safetensors", channels=1))
     (image,) = pictures(1)
     assert predictor.predict(image) == predictor.predict(image.convert("L"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system starts processes another way")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_while_threads_decode_can_decode():
+    image = pictures(1)[0]
+    with ExitStack() as held:
+        for lock in (*preprocess._turns, preprocess._one_large):
+            held.enter_context(lock)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            open_image(image)
+            os._exit(preprocess._one_large.locked())
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_batches():

@@ -93,14 +93,17 @@ def test_white_is_what_is_said(kind, white):
         Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,), white=0)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("most", [65535, 4095, 1000])
-def test_16_bits_of_a_pgm(most):
+def test_16_bits_of_a_pgm(most, plain):
     """Its header says what is white, however dark the image; of the largest, that of a camera may be told."""
     values = (np.array([[0, 0.25, 0.5, 0.003]]) * most).round().astype(">u2")
-    file = io.BytesIO(b"P5\n4 1\n%d\n" % most + values.tobytes())
+    pixels = " ".join(map(str, values.flatten())).encode() if plain else values.tobytes()
+    file = io.BytesIO((b"P2" if plain else b"P5") + b"\n4 1\n%d\n" % most + pixels)
     expected = (values.astype(float) / most * 255).round()
     assert np.abs(np.asarray(open_image(file, "L")) - expected).max() <= 1
-    assert np.asarray(open_image(file, "L", white=4095)).max() == (255 if most == 65535 else expected.max())
+    for source in (file, Image.open(file)):
+        assert np.asarray(open_image(source, "L", white=4095)).max() == (255 if most == 65535 else expected.max())
 
 
 def test_opacity_multiplied_in_is_what_it_was_before():

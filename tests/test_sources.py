@@ -243,19 +243,20 @@ def test_what_is_cut_off_is_said(tmp_path, load, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_cut_off_of_photographs_held_upright(tmp_path, load, capsys):
+@pytest.mark.parametrize("suffix", [".jpg", ".tif", ".png"])
+def test_what_is_cut_off_of_photographs_held_upright(tmp_path, load, capsys, suffix):
     """Whose pixels are stored lying, with a note that says how to turn them."""
     for i in range(8):
-        path = tmp_path / "phone" / "ab"[i % 2] / f"{i}.jpg"
+        path = tmp_path / f"phone{suffix}" / "ab"[i % 2] / f"{i}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.new("RGB", (16, 8), (i, i, i))
         image.getexif()[ExifTags.Base.Orientation] = 6
         image.save(path, exif=image.getexif())
-    load(tmp_path / "phone", image_size=4)
+    load(tmp_path / f"phone{suffix}", image_size=4)
     assert (
         "of images of 8x16 pixels the middle 50% are seen, 4x4; --data.image_size '[16, 8]'" in capsys.readouterr().err
     )
-    assert load(tmp_path / "phone").train.shape[2:] == (16, 8)
+    assert load(tmp_path / f"phone{suffix}").train.shape[2:] == (16, 8)
     assert capsys.readouterr().err == ""
 
 

@@ -31,7 +31,8 @@ class Temperature(Metric):
     def compute(self) -> Tensor:
         """The temperature, in [0.25, 8]; of several that are as good, as where all is certain, that nearest to 1."""
         ladder = TEMPERATURES.to(self.nll.device, torch.float64).log2()
-        good = (self.nll <= (1 + TIE) * self.nll.min() + TIE).nonzero()[:, 0]
+        nll = self.nll.nan_to_num(nan=torch.inf, posinf=torch.inf)  # of weights that overflow
+        good = (nll <= (1 + TIE) * nll.min() + TIE).nonzero()[:, 0]
         best = int(good[ladder[good].abs().argmin()])
         if best in (0, len(ladder) - 1):
             return ladder[best].exp2().float()

@@ -165,15 +165,19 @@ class Guard(Checkpoint):
         ):
             self.done = [trainer.max_epochs, trainer.max_steps]
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if out_of_time(trainer) and not whole:
+        if out_of_time(trainer) and not whole and trainer.global_step != trainer.max_steps:
             self.done = None  # saved after the last step, before the validation of a moment that chance chose
         elif self.done or stopped or self.signal or self.due:
-            progress: Any = trainer.fit_loop.epoch_progress
-            for counts in (progress.current, progress.total):
-                counts.processed -= not whole  # or else a run that goes on would leave out the rest of the epoch
             self._save(trainer)
-            for counts in (progress.current, progress.total):
-                counts.processed += not whole
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A part of an epoch is no whole one: or else a run that goes on would leave out the rest of it."""
+        loop = checkpoint["loops"]["fit_loop"]
+        batches = loop["epoch_loop.batch_progress"]
+        if batches["current"]["ready"] and not batches["is_last_batch"]:
+            for counts in loop["epoch_progress"].values():
+                done = max(0, counts["started"] - 1)
+                counts.update(processed=min(counts["processed"], done), completed=min(counts["completed"], done))
 
     def _save(self, trainer: Trainer) -> None:
         self._read(trainer)

@@ -22,7 +22,7 @@ from torch import Tensor
 from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
-from vit.preprocess import ImageError, open_image, reason
+from vit.preprocess import ImageError, open_image, reason, turn
 
 File = str | Path | IO[bytes] | Image.Image
 Source = File | np.ndarray
@@ -254,7 +254,8 @@ class Predictor:
 
         Args:
             images: Each as for ``predict``. Of a list all stay as they are until they are answered; what a generator
-                gives is read when it is taken, so that it may close a file, or fill the same array, before the next.
+                gives is read when it is taken, so that it may close a file, or fill the same array, before the next;
+                paths alone are decoded in parallel then.
             batch_size: Images computed at once, while those of two batches more are decoded; 1 answers each image
                 before it takes the next, as a camera wants; none for one that suits the device.
             workers: Threads that decode; none for one that suits the machine.
@@ -298,7 +299,8 @@ class Predictor:
         try:
             file = as_file(image)
             if hasattr(file, "read") and not getattr(file, "seekable", bool)():
-                file = io.BytesIO(file.read())  # pyright: ignore[reportAttributeAccessIssue]
+                with turn(file):
+                    file = io.BytesIO(file.read())  # pyright: ignore[reportAttributeAccessIssue]
             pixels = self.preprocess.load(file)  # what ``predict`` sees: a large JPEG is decoded smaller
             opened = open_image(file, self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
@@ -349,22 +351,23 @@ class Predictor:
         """
         pool = ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), thread_name_prefix="decode")
         waiting: deque[tuple[Sequence[Source | Unreadable], list[Future[Tensor | ImageError]]]] = deque()
-        given, failure = iter(batches), None
+        given, failure = iter(batches), None  # failure: what ended them before their end
         try:
             while True:
                 try:
                     sources = next(given)
-                except Exception as error:  # at the end, or before it: what came so far is answered first
-                    failure = error
+                except Exception as error:  # what came so far is answered first
+                    failure = None if isinstance(error, StopIteration) else error
                     break
                 waiting.append((sources, [pool.submit(self._decode, source) for source in sources]))
                 if len(waiting) > (AHEAD if len(sources) > 1 else 0):
                     yield self._compute(*waiting.popleft(), methods, score_maps)
             while waiting:
                 yield self._compute(*waiting.popleft(), methods, score_maps)
-            if not isinstance(failure, StopIteration):
+            if failure is not None:
                 raise failure
         finally:
+            del failure  # whose traceback has this frame, and that all images
             for future in (future for _, futures in waiting for future in futures):
                 future.cancel()  # not by shutdown, which fails where the interpreter ends before this generator
             pool.shutdown(wait=False)
@@ -561,12 +564,13 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def kept(source: Source) -> Source | Unreadable:
     """The source as it is now: what is no path may be gone, or be another image, when its turn comes."""
     try:
-        if isinstance(source, np.ndarray | Image.Image):
-            return source.copy()
-        if not isinstance(source, str | Path | io.TextIOBase) and hasattr(source, "read"):
-            if getattr(source, "seekable", bool)():
-                source.seek(0)
-            return io.BytesIO(source.read())
+        with turn(source):
+            if isinstance(source, np.ndarray | Image.Image):
+                return source.copy()
+            if not isinstance(source, str | Path | io.TextIOBase) and hasattr(source, "read"):
+                if getattr(source, "seekable", bool)():
+                    source.seek(0)
+                return io.BytesIO(source.read())
     except Exception as error:  # a file object may be anything
         return Unreadable("", reason(error, source))
     return source

@@ -41,6 +41,17 @@ _one_large = threading.Lock()
 _turns = [threading.Lock() for _ in range(64)]  # of objects, by their addresses
 
 
+def _new_locks() -> None:
+    """In a process that is forked while threads decode, for they are not there to let go."""
+    global _one_large
+    _one_large = threading.Lock()
+    _turns[:] = [threading.Lock() for _ in _turns]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_locks)
+
+
 class ImageError(ValueError):
     """A file that is no image we can read; the message is one line."""
 
@@ -68,28 +79,37 @@ def open_image(
     try:
         if isinstance(source, Image.Image):
             with turn(source):
+                pgm, white = is_pgm(source), told(source, white)
                 image = source.copy()
-            return to_mode(upright(image), mode, white)
+            return to_mode(upright(image.convert("I;16") if pgm else image), mode, white)
         if isinstance(source, str | Path) and not os.path.isfile(source):  # a pipe or a device could wait for ever
             os.stat(source)  # says what is wrong if there is no such file, or no permission to look
             raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
         with turn(source), Image.open(source, formats=FORMATS) as image:
             refuse_bomb(image)
-            if image.format == "PPM" and image.mode == "I" and image.tile[0].codec_name == "ppm":
-                white = None  # its header says what is white, and Pillow has seen to it
+            white = told(image, white)
             if min_side is not None and image.format in ("JPEG", "MPO"):  # MPO: several of them, the first counts
                 scale = min_side / min(image.size)
                 image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
             with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
                 refuse_bomb(image)
-                if image.format == "PPM" and image.mode == "I":  # 16 bits, though Pillow keeps them in 32
-                    image = image.convert("I;16")
-                return to_mode(upright(image), mode, white)
+                return to_mode(upright(image.convert("I;16") if is_pgm(image) else image), mode, white)
     except ImageError:
         raise
     except Exception as error:  # a corrupt file raises whatever its decoder stumbles on
         raise ImageError(reason(error, source)) from error
+
+
+def is_pgm(image: Image.Image) -> bool:
+    """Whether it is a PGM of 16 bits, which Pillow keeps in 32."""
+    return image.format == "PPM" and image.mode == "I"
+
+
+def told(image: Image.Image, white: float | None) -> float | None:
+    """The value that is white, but in a PGM that says so itself, where Pillow has scaled it; before it is decoded."""
+    scaled = is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in image.tile)  # type: ignore[index]
+    return None if scaled else white
 
 
 def turn(source: object) -> AbstractContextManager:
