@@ -6,6 +6,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ from torch import Tensor
 from data.cache import VERSION, DataError, ImageFiles, one_line, write_atomically
 from data.labels import split_of
 from data.stream import progress, remembered, states
-from vit.checkpoint import distinct
 from vit.preprocess import open_image
 
 
@@ -308,7 +308,9 @@ def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored
         raise DataError(f"torch/{name}: cannot be had ({one_line(error)})") from None
     if any(part.ndim != 1 for part in labels.values()):  # QMNIST's say who wrote the digit too
         labels = {split: part[:, 0] for split, part in labels.items()}
-    return distinct(names), {  # of ImageNet two are called crane
+    often = Counter(names)  # of ImageNet two are called crane
+    class_names = tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
+    return class_names, {
         split: (ItemImage(part), labels[split], f"torch/{name} {split} {len(part)}") for split, part in found.items()
     }
 

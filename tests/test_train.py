@@ -375,15 +375,16 @@ def test_the_last_step_is_validated(accumulate, tmp_path, capfd):
     assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == [6]
     assert load_checkpoint(tmp_path / "model.safetensors")[1].metrics["val/acc"] > 0
     epochs = 2 if accumulate == 1 else 3  # of five steps, or of three
-    shutil.copytree(tmp_path, tmp_path.with_name("best"))
+    other = tmp_path.with_name(f"{tmp_path.name}-best")
+    shutil.copytree(tmp_path, other)
     longer = [f"--trainer.max_epochs={epochs}", "--ckpt_path=last"]
     assert run("fit", tmp_path, *short, *longer) == 0
     assert [row["step"] for row in table(tmp_path) if "val/acc" in row] == [6, 9 if accumulate == 1 else 8]
     fewer = ["--trainer.max_epochs=-1", "--trainer.max_steps=8", "--ckpt_path=last"]
     assert run("fit", tmp_path, *short, *fewer) == 2
     assert "of 8 steps are done. Longer: --trainer.max_steps;" in capfd.readouterr().err
-    assert run("fit", tmp_path.with_name("best"), *short, *longer[:1], "--ckpt_path=best") == 0  # of the same step
-    ours, theirs = (weights(path / "last.ckpt") for path in (tmp_path, tmp_path.with_name("best")))
+    assert run("fit", other, *short, *longer[:1], "--ckpt_path=best") == 0  # of the same step
+    ours, theirs = (weights(path / "last.ckpt") for path in (tmp_path, other))
     assert all(torch.equal(theirs[name], value) for name, value in ours.items())
 
 

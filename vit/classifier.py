@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -169,7 +170,7 @@ class ViTClassifier(LightningModule):
             self.preprocess = replace(self.preprocess, mean=theirs.mean, std=theirs.std)
             self.temperature.fill_(about.temperature)
         cut = (theirs.crop, theirs.interpolation) != (self.preprocess.crop, self.preprocess.interpolation)
-        if cut and self.trainer.is_global_zero:
+        if cut and rank_zero_only.rank == 0:
             cut = f"the middle {theirs.crop:.1%}, {theirs.interpolation}"  # the images are decoded already
             print(
                 f"{self.pretrained}: predict.py sees of an image {cut}; here it is all of it, bicubic", file=sys.stderr
