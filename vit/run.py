@@ -162,15 +162,12 @@ def load_and_classify(options: argparse.Namespace) -> int:
         say(f"predict.py: out of memory; try a --batch-size below {options.batch_size or predictor.batch_size}")
         return USAGE
     summary.tell(inputs)
-    if summary.classified and options.maps:
-        from vit.gallery import of_shard
-
-        sheet = os.path.join(options.maps, of_shard("sheet.png", options.shard))
-        say(f"  maps: {options.maps}, the first of them side by side in {sheet}")
-    if summary.classified and options.report:
-        from vit.gallery import of_shard
-
-        say(f"  page: {of_shard(options.report, options.shard)}")
+    if summary.classified and gallery:
+        if gallery.folder:
+            sheet = os.path.join(gallery.folder, gallery.sheet)
+            say(f"  maps: {gallery.folder}, the first of them side by side in {sheet}")
+        if gallery.report:
+            say(f"  page: {gallery.report}")
     if not summary.failed and (summary.classified or options.shard[1] > 1):
         return OK
     return SOME_FAILED if summary.classified else NONE_SUCCEEDED
