@@ -41,6 +41,8 @@ CHANGES: dict[str, tuple[float, list[str]]] = {
     "no rotary positions": (1, ["--model.rope=false"]),
     "batches of 512 instead of 128": (0.25, ["--data.batch_size=512"]),
     "moving average of the weights, 0.99": (1, [f"--trainer.callbacks+={EMA}", "--trainer.callbacks.decay=0.99"]),
+    "no drop path": (1, ["--model.drop_path_rate=0"]),
+    "learning rate along a cosine instead of a line": (1, ["--model.schedule=cosine"]),
     "label smoothing 0.1": (1, ["--model.label_smoothing=0.1"]),
     "crops and mirror images alone": (1, ["--data.augment.erase=0"]),
     "crops of 35 % or more, resized, instead of shifts": (

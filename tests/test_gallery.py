@@ -47,15 +47,18 @@ def test_absolute_paths_among_themselves_need_no_mark():
     assert map_name("/a/b.jpg", absolute=True) == "a/b.jpg.png"
     assert map_name("/../b.jpg", absolute=True) == "%2E%2E/b.jpg.png"
     assert map_name("/sheet", absolute=True) == "%73heet.png"
+    assert map_name("a/b.jpg", absolute=True) == "%2E/a/b.jpg.png"
 
 
-def test_different_images_have_different_maps():
+@pytest.mark.parametrize("absolute", [False, True])
+def test_different_images_have_different_maps(absolute):
     paths = [
         "a.jpg", "a.png", "a.jpg.png", "A.jpg", "b/a.jpg", "/b/a.jpg", "../b/a.jpg", "%2E%2E/b/a.jpg", "%2F/b/a.jpg",
+        "%2E/b/a.jpg",
         "b%2Fa.jpg", "b\\a.jpg", "b\n.jpg", "b%0A.jpg", *("x" * n + ".jpg" for n in (247, 248, 249, 251)),
         "y" * 251 + ".jpg", "y" * 250 + "z.jpg", "ü" * 125 + ".png", "ü" * 125 + ".gif",
     ]  # fmt: skip
-    names = [map_name(path) for path in paths]
+    names = [map_name(path, absolute=absolute) for path in paths]
     assert len(set(names)) == len(paths)
     for name in names:
         parts = PurePosixPath(name).parts

@@ -281,6 +281,20 @@ def test_paths_on_standard_input(ending, run, images, monkeypatch):
     assert [os.fsencode(Path(json.loads(line)["path"]).name) for line in out.splitlines()] == paths
 
 
+@pytest.mark.parametrize("first", ["absolute", "relative"])
+def test_maps_of_paths_on_standard_input_lie_in_folders_like_theirs(first, run, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    paths = [str(images / "0/0.png"), "0/1.png"]
+    files = [tmp_path / f"maps{images}/0/0.png.png", tmp_path / "maps/%2E/0/1.png.png"]
+    if first == "relative":
+        paths.reverse()
+        files = [tmp_path / "maps/0/1.png.png", tmp_path / f"maps/%2F{images}/0/0.png.png"]
+    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO("\n".join(paths).encode())))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run("-", "--maps", tmp_path / "maps", "--format", "json")[0] == 0
+    assert sorted(path for path in (tmp_path / "maps").rglob("*.png") if path.name != "sheet.png") == sorted(files)
+
+
 def test_methods_are_those_of_the_library():
     assert set(predict.METHODS) == set(METHODS)
 

@@ -37,16 +37,17 @@ def map_name(path: str, *, absolute: bool = False) -> str:
     """Where an image's map goes inside the maps' folder: no two images share one, and none leads out of it.
 
     ``a/b.jpg`` gives ``a/b.jpg.png``. What no file name can safely hold becomes ``%XX``, as in addresses: control
-    characters, undecodable bytes, ``%`` itself, ``..``, the slash that an absolute path begins with, and the ``s`` of
-    what would have the name of a sheet.
+    characters, undecodable bytes, ``%`` itself, ``..``, and the ``s`` of what would have the name of a sheet. What is
+    absolute in a run of relative paths, or the other way round, gets a folder ``%2F`` or ``%2E`` around it.
 
     Args:
         path: Of the image.
-        absolute: Whether all paths of the run begin with a slash, which then tells nothing and is left out.
+        absolute: Whether the paths of the run are absolute: they lose the slash that they begin with.
     """
     parts = [escaped(part) for part in path.split("/") if part not in ("", ".")]
     parts[-1] += ".png"
-    root = ["%2F"] * (path.startswith("/") and not absolute)
+    slash = path.startswith("/")
+    root = [] if slash == absolute else [_percent("/" if slash else ".")]
     name = "/".join(root + [_short(part) for part in parts])
     return f"%73{name[1:]}" if re.match(r"sheet(-\d+-of-\d+)?\.png(/|$)", name) else name
 
@@ -87,7 +88,7 @@ class Gallery:
         folder: Where to put a map for each image, and the sheet; none for no maps.
         report: HTML file to write; none for no report.
         shard: Which part of the run this is, of how many.
-        absolute: Whether all images of the run have absolute paths.
+        absolute: Whether the images of the run have absolute paths.
 
     Raises:
         OutputError: If the report or the folder cannot be written, before there is any work in it.

@@ -48,6 +48,11 @@ class Inputs:
     maps: str | None = None
     passed_over: Counter[str] = field(default_factory=Counter)
 
+    def absolute(self) -> bool:
+        """Whether all sources are absolute paths; of those on ``stdin``, the first one, which is waited for."""
+        peek = getattr(self.stdin, "peek", None)
+        return all(peek(1)[:1] == b"/" if source == "-" and peek else os.path.isabs(source) for source in self.sources)
+
     def __iter__(self) -> Iterator[str | Unreadable]:
         self.passed_over.clear()
         for source in self.sources:

@@ -131,7 +131,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
     inputs = Inputs(options.sources, recursive=options.recursive, stdin=stdin, maps=options.maps)
     summary = Summary()
     try:
-        gallery = gallery_of(options, predictor)  # first: where it cannot write, nothing is touched
+        gallery = gallery_of(options, predictor, inputs)  # first: where it cannot write, nothing is touched
         output = Output(options.out, record_format(options, predictor), resume=options.resume)
         if output.discarded:
             hint = "; --resume would have gone on with them" if resumable(options) else ""
@@ -217,7 +217,7 @@ def record_format(options: argparse.Namespace, predictor: "Predictor") -> "Forma
     return records.Json() if options.format == "json" else records.JsonLines()
 
 
-def gallery_of(options: argparse.Namespace, predictor: "Predictor") -> "Gallery | None":
+def gallery_of(options: argparse.Namespace, predictor: "Predictor", inputs: "Inputs") -> "Gallery | None":
     """What draws the maps, where any are asked for."""
     if not (options.maps or options.report):
         return None
@@ -229,7 +229,7 @@ def gallery_of(options: argparse.Namespace, predictor: "Predictor") -> "Gallery 
         folder=options.maps,
         report=options.report,
         shard=options.shard,
-        absolute=all(os.path.isabs(source) for source in options.sources),
+        absolute=inputs.absolute(),
     )
 
 
