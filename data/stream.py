@@ -7,6 +7,7 @@ in a shard that begins, and shuffles it in a buffer. Only the number of samples 
 counted once.
 """
 
+import errno
 import gzip
 import hashlib
 import json
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import accumulate, groupby, islice, pairwise
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -296,6 +297,9 @@ def open_tar(path: str) -> Iterator[tarfile.TarFile]:
             plain.seek(0)
             tar = files.enter_context(tarfile.open(fileobj=plain))
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                where = f"{path}: no room in {gettempdir()} to unpack it"
+                raise DataError(f"{where} ({one_line(error)}); free some, or set TMPDIR to another folder") from None
             raise DataError(f"{path}: cannot be read as a tar file ({one_line(error)})") from None
         yield tar
 

@@ -1,6 +1,8 @@
 """What leaves the project computes the same elsewhere: in timm, and in ONNX Runtime."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,14 @@ def test_onnx_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(export, "compare", lambda *_: {"logits": 0.0, "probabilities": 0.0, "map": 0.01})
     with pytest.raises(CheckpointError, match=r"ONNX Runtime's map is 1\.0e-02 from PyTorch's"):
+        export.export_onnx(*made(depth=1), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export, "compare", full)
+    with pytest.raises(CheckpointError, match=r"model\.onnx: No space left on device"):
         export.export_onnx(*made(depth=1), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

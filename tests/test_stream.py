@@ -1,5 +1,6 @@
 """Streams: every sample once an epoch however ranks, workers and shards divide, and the same again after a restart."""
 
+import errno
 import gzip
 import io
 import json
@@ -315,6 +316,13 @@ def test_compressed_tars_are_read_as_others_and_once(tmp_path, shards, monkeypat
     assert not rewinds
     (packed / "train-000.tar.gz").write_bytes((packed / "train-000.tar.gz").read_bytes()[:-20])
     with pytest.raises(DataError, match=r"train-000.tar.gz: cannot be read as a tar file \("):
+        list(unpacked.read([0], 0, 7))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(DataError, match=r"train-000.tar.gz: no room in .* to unpack it .*set TMPDIR"):
         list(unpacked.read([0], 0, 7))
 
 

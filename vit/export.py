@@ -150,7 +150,7 @@ def export_onnx(model: VisionTransformer, about: Checkpoint, path: str | Path) -
         path: The file; replaced only by one that computes the same as PyTorch.
 
     Raises:
-        CheckpointError: If a package is missing, or ONNX Runtime computes something else.
+        CheckpointError: If a package is missing, the file cannot be written, or ONNX Runtime computes something else.
     """
     try:
         import onnxruntime
@@ -183,6 +183,8 @@ def export_onnx(model: VisionTransformer, about: Checkpoint, path: str | Path) -
         temporary.replace(path)
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # the runtime has types of its own, without a common one
         raise CheckpointError(f"ONNX Runtime cannot run the export ({' '.join(str(error).split())[:200]})") from error
     finally:
