@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,9 +45,14 @@ class DataError(ValueError):
 
     def __init__(self, message: str):
         if "Original Traceback" in message:  # torch re-raises a worker's error with its traceback as the message
-            message = message.strip().rpartition("DataError: ")[2]
+            message = re.split(r"\n[\w.]+: ", message.strip())[-1]  # behind the name of the error's class
         message = message.encode(errors="backslashreplace").decode()  # a path may hold any byte ...
         super().__init__(message.replace("\n", "\\n").replace("\r", "\\r"))  # ... and line ends
+
+
+def file_name(text: str) -> str:
+    """What a file can be called after this text, on any file system."""
+    return re.sub(r"[^\w.-]+", "_", text)[:40]
 
 
 def one_line(error: Exception) -> str:

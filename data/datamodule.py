@@ -87,8 +87,6 @@ class TrainOrder(Sampler[Draw]):
         balance: Tensor | None = None,
         device: torch.device = CPU,
     ):
-        if size < world_size:
-            raise DataError(f"{size} training images cannot be shared by {world_size} processes: use fewer devices")
         self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
         self.batch_size = min(batch_size, size // world_size)
         self.position = position
@@ -354,7 +352,12 @@ class ImageDataModule(LightningDataModule):
         return hashlib.sha256(places.numpy().tobytes()).hexdigest()[:16]
 
     def train_dataloader(self) -> DataLoader:
-        places = {"size": len(self.train), "batch_size": self.batch_size, "position": self.position, **self._rank()}
+        rank = self._rank()
+        if len(self.train) < (count := rank["world_size"]):
+            raise DataError(
+                f"{len(self.train)} training images cannot be shared by {count} processes: use fewer devices"
+            )
+        places = {"size": len(self.train), "batch_size": self.batch_size, "position": self.position, **rank}
         if isinstance(self.train, StreamBatches):
             self.order = StreamOrder(**places, workers=self.workers)
             return self._loader(self.train, self.order)

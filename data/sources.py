@@ -1,7 +1,6 @@
 """Where training images come from: folders, tables, known sets and libraries, all as uint8 images with labels."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.cache import (
     cached_images,
     cached_statistics,
     channel_statistics,
+    file_name,
     one_line,
     readable,
     say_once,
@@ -34,7 +34,6 @@ CIFAR_STATISTICS = {  # of the training images, as published with most recipes
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-FILE_NAME = r"[^\w.-]+"  # what is no part of a file's name
 FORMS = (
     "'digits', 'cifar10', 'cifar100', a folder with one subfolder of images for each class, a table of labels "
     f"(*{', *'.join(TABLES)}), or torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/FOLDER"
@@ -252,7 +251,7 @@ def load_files(dataset: str, options: Options) -> Source:
 
 def load_stored(dataset: str, kind: str, name: str, options: Options) -> Source:
     """A set of torchvision, TensorFlow Datasets or Hugging Face that is on the disk after its download."""
-    with alone(options.cache / f"{re.sub(FILE_NAME, '_', dataset)[:40]}.download.lock"):  # not by all processes at once
+    with alone(options.cache / f"{file_name(dataset)}.download.lock"):  # not by all processes at once
         if kind in ("tfds", "torch"):
             class_names, found = (load_tfds if kind == "tfds" else load_torch)(name, options.root)
         else:
@@ -301,7 +300,7 @@ def decoded(
         labels: Class numbers of each split (N,).
         options: Without an image_size, that of the first image is taken and required of all.
     """
-    name = re.sub(FILE_NAME, "_", name)[:40]
+    name = file_name(name)
     if options.image_size is None:
         size, size_from = first_size(files["train"])
         preprocess = replace(files["train"].preprocess, image_size=size)

@@ -33,7 +33,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from data.cache import ADVICE, SAMPLE, DataError, OnBad, channel_statistics, one_line, write_atomically
+from data.cache import ADVICE, SAMPLE, DataError, OnBad, channel_statistics, file_name, one_line, write_atomically
 from data.labels import SPLITS, split_of
 from vit.preprocess import SUFFIXES, ImageError, Preprocess
 
@@ -307,13 +307,16 @@ def open_tar(path: str) -> Iterator[tarfile.TarFile]:
 def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarInfo | None]]:
     """Name, image and label of each sample with an image; nothing but headers is read."""
 
+    def wanted(file: tarfile.TarInfo) -> bool:
+        return file.isreg() and not os.path.basename(file.name).startswith(".")  # macOS leaves ._NAME beside each file
+
     def parts(file: tarfile.TarInfo) -> tuple[str, str]:
         folder, _, name = file.name.rpartition("/")
         stem, _, ending = name.partition(".")
         return f"{folder}/{stem}", f".{ending.lower()}"
 
     try:
-        for key, files in groupby((file for file in tar if file.isreg()), lambda file: parts(file)[0]):
+        for key, files in groupby(filter(wanted, tar), lambda file: parts(file)[0]):
             endings = {parts(file)[1]: file for file in files}
             image = next((file for ending, file in endings.items() if ending in SUFFIXES), None)
             if image is None and (odd := [e for e in endings if e[e.rfind(".") :] in SUFFIXES]):
@@ -356,7 +359,7 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
     listed = folder / "classes.txt"
     class_names = read_classes(listed) if listed.exists() else ()
     if not class_names or any(path not in lengths for path in files):
-        lengths, classes = count_tars(files, cache / f"wds_{folder.resolve().name}")
+        lengths, classes = count_tars(files, cache / f"wds_{file_name(folder.resolve().name)}")
         class_names = class_names or tuple(map(str, range(classes)))
         if classes > len(class_names):
             raise DataError(f"{listed} has {len(class_names)} names, but there is a class number {classes - 1}")

@@ -523,3 +523,11 @@ def test_progress_bar_on_a_terminal(files, build, capfd, monkeypatch):
     assert out == ""
     assert "decoding set" in err
     assert "7/7" in err
+
+
+@pytest.mark.parametrize("kind", ["DataError", "data.cache.OtherSize"])
+def test_a_worker_s_error_is_one_line(kind):
+    """As torch's DataLoader raises it anew, with the class and the traceback as the message."""
+    traced = f"Caught {kind} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    traced += f'  File "cache.py", line 1, in load\n    raise {kind}(f"a: b")\n{kind}: a.png: not like b.png: 3x3\n'
+    assert str(DataError(traced)) == "a.png: not like b.png: 3x3"

@@ -115,9 +115,12 @@ def test_small_sets_are_one_batch():
     assert [len(batch) for batch in order(0, 2, size=7, batch_size=12)] == [3]
 
 
-def test_more_ranks_than_images_is_one_line():
-    with pytest.raises(DataError, match="2 training images cannot be shared by 3 processes"):
-        order(0, 3, size=2)
+def test_more_processes_than_images_is_one_line():
+    module = ImageDataModule(dataset="digits")
+    module.setup()
+    module.trainer = SimpleNamespace(global_rank=0, world_size=2000)  # type: ignore[assignment]
+    with pytest.raises(DataError, match=f"{len(module.train)} training images cannot be shared by 2000 processes"):
+        module.train_dataloader()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 8])

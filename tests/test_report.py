@@ -168,6 +168,24 @@ def test_entries_are_taken_one_by_one(tmp_path):
     assert data(write_report(tmp_path / "empty.html", ABOUT, []))["entries"] == []
 
 
+def test_a_page_that_is_stopped_leaves_the_one_before(tmp_path):
+    """... also behind a link, which stays one."""
+    before = write_report(tmp_path / "report.html", ABOUT, [entry()]).read_bytes()
+    (tmp_path / "link.html").symlink_to("report.html")
+
+    def entries():
+        yield entry()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path / "link.html", ABOUT, entries())
+    assert (tmp_path / "report.html").read_bytes() == before
+    write_report(tmp_path / "link.html", ABOUT, [])
+    assert (tmp_path / "report.html").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "report.html"]
+    assert (tmp_path / "link.html").is_symlink()
+
+
 def test_two_hundred_photographs_stay_small(tmp_path):
     astronaut = pytest.importorskip("skimage.data", reason="scikit-image has the photograph").astronaut()
     given = entry(8, image=Image.fromarray(astronaut), grid=(14, 14))

@@ -62,6 +62,7 @@ def write_shards(folder: Path, counts=COUNTS, split: str = "train", first: int =
     for shard, count in enumerate(counts):
         samples = {}
         for number in range(first, first + count):
+            samples[f"._{number:05}.png"] = b"what macOS leaves beside it"
             samples[f"{number:05}.png"] = encoded(number)
             samples[f"{number:05}.json"] = b'{"note": "ignored"}'
             samples[f"{number:05}.cls"] = str(number % 3).encode()

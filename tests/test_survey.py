@@ -1,5 +1,6 @@
 """The classes' figures by hand, and hints: at a planted shortcut, and nowhere else."""
 
+import os
 import unicodedata
 from itertools import pairwise
 
@@ -65,11 +66,24 @@ def test_errors_are_the_surest_first_and_only_where_folders_tell():
 def test_a_folder_is_a_class_however_its_accents_are_stored(form):
     for stored in (unicodedata.normalize("NFC", "Möwe"), unicodedata.normalize("NFD", "Möwe")):
         survey = Survey((unicodedata.normalize(form, "Möwe"), "cat"))
-        assert (survey.truth(f"birds/{stored}/1.jpg"), survey.truth("birds/cat/1.jpg"), survey.truth("1.jpg")) == (
-            0,
-            1,
-            None,
-        )
+        paths = [f"birds/{stored}/1.jpg", "birds/cat/1.jpg", "1.jpg"]
+        survey.add(paths, torch.full((3, 8, 8), 1 / 64), [{"cat": 1.0}] * 3)
+        assert survey.truths == [0, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("paths", "truths"),
+    [
+        (["/home/ship/photos/1.jpg", "/home/ship/photos/2.jpg"], [None, None]),  # of somebody called so
+        (["/home/ship/cat/1.jpg", "/home/ship/more/2.jpg"], ["cat", "ship"]),
+        (["/home/test/ship/1.jpg", "/home/test/ship/2.jpg"], ["ship", "ship"]),  # a class alone
+        (["dog/2019/1.jpg", "dog/2020/2.jpg"], ["dog", "dog"]),
+        (["dog/1.jpg", f"{os.getcwd()}/cat/2.jpg"], ["dog", "cat"]),
+    ],
+)
+def test_folders_above_all_images_say_nothing(paths, truths):
+    survey = filled(*((path, "dog", 0.9) for path in paths))
+    assert [truth if truth is None else NAMES[truth] for truth in survey.truths] == truths
 
 
 def test_what_became_of_the_images_in_a_folder():

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -32,7 +33,7 @@ def write_report(
     """Write the page; entries are taken one by one, so they may be made as they are written.
 
     Args:
-        path: The HTML file; its folder is made if missing.
+        path: The HTML file, replaced once the page is whole; its folder is made if missing.
         about: Description of the model, shown at the top.
         entries: One mapping an image: ``path`` (str), ``image`` (the opened image), ``box`` (the part the model sees:
             left, top, right, bottom in the image's pixels), ``scores`` (class name to probability), ``maps`` (method to
@@ -43,17 +44,22 @@ def write_report(
             page without that part.
         total: How many images the entries were chosen from; 0 where they are all.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     before, after = resources.files("vit").joinpath("report.html").read_text("utf-8").split("/*DATA*/")
-    with path.open("w", encoding="utf-8") as file:
-        file.write(before)
-        file.write(f'{{"about":{_json(_about(about))},"colors":{_json(_base64(color_table()))},"entries":[')
-        for i, entry in enumerate(entries):
-            file.write(("," if i else "") + "\n" + _json(_entry(entry)))
-        kinds = [_class(view) for view in classes[:CLASSES]]
-        file.write(f'],"total":{total},"limit":{SURVEYED},"classes":{_json(kinds)},"kinds":{len(classes)}')
-        file.write(f',"definitions":{_json(DEFINITIONS)}}}' + after)
+    partial = path.with_name(f".{path.name}.partial")  # a page may take minutes: who stops it keeps the one before
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(before)
+            file.write(f'{{"about":{_json(_about(about))},"colors":{_json(_base64(color_table()))},"entries":[')
+            for i, entry in enumerate(entries):
+                file.write(("," if i else "") + "\n" + _json(_entry(entry)))
+            kinds = [_class(view) for view in classes[:CLASSES]]
+            file.write(f'],"total":{total},"limit":{SURVEYED},"classes":{_json(kinds)},"kinds":{len(classes)}')
+            file.write(f',"definitions":{_json(DEFINITIONS)}}}' + after)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

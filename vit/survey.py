@@ -4,9 +4,10 @@ Images count for the class the model calls them. Every quantity is defined in on
 page shows. Shapes in comments: n images of a class, P cells of a grid.
 """
 
+import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import PurePath
 from typing import Any
 
@@ -52,7 +53,6 @@ class Survey:
         self.folders = {composed(name): i for i, name in enumerate(class_names)}
         self.paths: list[str] = []
         self.labels: list[int] = []
-        self.truths: list[int | None] = []
         self.scores: list[float] = []
         self.maps: list[Tensor] = []  # (rows, columns) float16
 
@@ -70,14 +70,19 @@ class Survey:
             label, score = next(iter(named.items()))
             self.paths.append(path)
             self.labels.append(self.number[label])
-            self.truths.append(self.truth(path))
             self.scores.append(score)
             self.maps.append(coarse(grid).half())
 
-    def truth(self, path: str) -> int | None:
-        """The class whose name is that of the nearest folder with a class's name."""
-        parts = map(composed, reversed(PurePath(path).parts[:-1]))
-        return next((self.folders[part] for part in parts if part in self.folders), None)
+    @cached_property
+    def truths(self) -> list[int | None]:
+        """Of each image, the class whose name the nearest of its folders has, up to the one that all images lie in.
+
+        Of what is above that, nobody has said that it sorts images: it may be a user's name, or a year.
+        """
+        folders = [PurePath(os.path.abspath(path)).parent for path in self.paths]
+        above = len(PurePath(os.path.commonpath(folders)).parts) - 1
+        parts = ((self.folders.get(composed(part)) for part in reversed(folder.parts[above:])) for folder in folders)
+        return [next((number for number in numbers if number is not None), None) for numbers in parts]
 
     @property
     def total(self) -> int:
