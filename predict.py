@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from importlib.util import find_spec
 
-from vit.run import resumable, run
+from vit.run import resumable, run, standard_streams
 
 FORMATS = ("table", "json", "jsonl", "csv", "parquet")
 ENDINGS = {"": "table", "txt": "table"} | {name: name for name in FORMATS}  # of --out
@@ -108,6 +108,7 @@ def shard(text: str) -> tuple[int, int]:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; the exit code."""
+    standard_streams()
     args = sys.argv[1:] if args is None else args
     split = args.index("--") if "--" in args else len(args)
     try:
@@ -124,6 +125,9 @@ def check(options: argparse.Namespace) -> None:
     error = parser().error
     if not options.sources and not options.classes:
         error("name at least one image, folder or glob (or - to read paths)")
+    for name in ("out", "maps", "report"):
+        if getattr(options, name) == "":
+            error(f"--{name} has an empty name")
     if options.format is None:
         ending = os.path.splitext(options.out or "")[1].removeprefix(".").lower()
         if ending not in ENDINGS:

@@ -34,7 +34,7 @@ from vit.rollout import CLASS_METHOD, attention_map, layer_attention
         (os.fsdecode(b"\xff.jpg"), "%FF.jpg.png"),
         ("sheet", "%73heet.png"),  # sheet.png is that of the first maps
         ("./sheet-1-of-2", "%73heet-1-of-2.png"),
-        ("sheet.png/b.jpg", "%73heet.png/b.jpg.png"),
+        ("sheet.png/b.jpg", "sheet%2Epng/b.jpg.png"),
         ("sheet.png", "sheet.png.png"),
         ("a/sheet", "a/sheet.png"),
     ],
@@ -53,7 +53,8 @@ def test_absolute_paths_among_themselves_need_no_mark():
 @pytest.mark.parametrize("absolute", [False, True])
 def test_different_images_have_different_maps(absolute):
     paths = [
-        "a.jpg", "a.png", "a.jpg.png", "A.jpg", "b/a.jpg", "/b/a.jpg", "../b/a.jpg", "%2E%2E/b/a.jpg", "%2F/b/a.jpg",
+        "a.jpg", "a.png", "a.jpg.png", "a.jpg.png/c.jpg", "A.jpg",
+        "b/a.jpg", "/b/a.jpg", "../b/a.jpg", "%2E%2E/b/a.jpg", "%2F/b/a.jpg",
         "%2E/b/a.jpg",
         "b%2Fa.jpg", "b\\a.jpg", "b\n.jpg", "b%0A.jpg", *("x" * n + ".jpg" for n in (247, 248, 249, 251)),
         "y" * 251 + ".jpg", "y" * 250 + "z.jpg", "ü" * 125 + ".png", "ü" * 125 + ".gif",

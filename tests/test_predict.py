@@ -293,6 +293,8 @@ def test_maps_of_paths_on_standard_input_lie_in_folders_like_theirs(first, run, 
     monkeypatch.setattr(sys, "stdin", stdin)
     assert run("-", "--maps", tmp_path / "maps", "--format", "json")[0] == 0
     assert sorted(path for path in (tmp_path / "maps").rglob("*.png") if path.name != "sheet.png") == sorted(files)
+    record = json.loads(run(images / "0/0.png", "--maps", f"{tmp_path}/maps/", "--format", "jsonl")[1])
+    assert record["map"] == f"{tmp_path}/maps{images}/0/0.png.png"  # no slash more
 
 
 def test_methods_are_those_of_the_library():
@@ -545,6 +547,38 @@ def test_unfinished_records_are_not_discarded_without_a_word(ending, run, images
     assert not partial.exists()
     partial.touch()  # nothing is lost with this one
     assert "discarded" not in run(images / "0/0.png", "--out", out)[2]
+
+
+def test_records_go_where_a_link_leads(run, images, tmp_path):
+    (tmp_path / "out.jsonl").symlink_to("real.jsonl")
+    (tmp_path / "real.jsonl").write_text("old")
+    assert run(images / "0/0.png", "--out", tmp_path / "out.jsonl")[0] == 0
+    assert (tmp_path / "out.jsonl").is_symlink()
+    assert "predictions" in json.loads((tmp_path / "real.jsonl").read_text())
+
+
+@pytest.mark.parametrize("name", ["out", "maps", "report"])
+def test_empty_names_are_refused(name, run, images):
+    code, out, err = run(images / "0/0.png", f"--{name}", "")
+    assert (code, out) == (2, "")
+    assert f"--{name} has an empty name" in err
+
+
+def test_standard_streams_that_are_closed(checkpoint, images, tmp_path):
+    """As daemons start programs: nothing goes where it does not belong, and nothing fails."""
+    text = f"{sys.executable} predict.py --checkpoint {checkpoint} --format jsonl --device cpu"
+    image, out = images / "0/0.png", tmp_path / "out.jsonl"
+    for command, code, printed in (
+        (f"{text} {image} --out {out} <&- >&- 2>&-", 0, b""),
+        (f"{text} {image} 2>&-", 0, out),
+        (f"{text} {image} >&-", 0, b""),
+        (f"{text} - <&-", 4, b""),
+    ):
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=100)
+        assert done.returncode == code, command
+        assert done.stdout == (printed if isinstance(printed, bytes) else printed.read_bytes()), command
+        assert b"predictions" not in done.stderr
+        assert b"Traceback" not in done.stderr
 
 
 def test_a_reader_that_goes_away(checkpoint, images):

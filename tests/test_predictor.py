@@ -303,6 +303,22 @@ def test_what_was_given_before_an_error_is_answered(predictor):
     assert len(found) == 7
 
 
+def test_a_pgm_of_16_bits_is_the_same_from_a_generator(predictor, tmp_path):
+    """Pillow keeps it in 32 bits, and a copy of an image no longer says of what format it was."""
+    grey = np.linspace(0, 65535, 48 * 48).reshape(48, 48).astype(">u2")
+    (path := tmp_path / "grey.pgm").write_bytes(b"P5 48 48 65535\n" + grey.tobytes())
+    of_file, *others = (
+        next(predictor.predict_iter(images))
+        for images in ([path], [Image.open(path)], (image for image in [Image.open(path)]))
+    )
+    assert all(other.scores == of_file.scores for other in others)
+
+
+def test_batches_of_no_image_are_refused(predictor):
+    with pytest.raises(ValueError, match="batch_size is 0, it must be at least 1"):
+        next(predictor.predict_iter([np.zeros((9, 9), np.uint8)], batch_size=0))
+
+
 def test_threads_may_take_the_same_image_from_generators(predictor, tmp_path):
     pictures(1)[0].resize((900, 700)).save(tmp_path / "a.png")
     expected = list(predictor.predict_iter([tmp_path / "a.png"] * 4))

@@ -160,10 +160,10 @@ def test_labels_that_a_timm_model_carries_twice_are_told_apart():
     assert len(set(labels_of(model))) == 3
 
 
-def test_predictor_from_timm_classifies_and_explains(tmp_path):
+def test_predictor_with_a_timm_folder_classifies_and_explains(tmp_path):
     from PIL import Image
 
-    predictor = Predictor.from_timm(str(folder(tmp_path)), device="cpu")
+    predictor = Predictor.from_checkpoint(str(folder(tmp_path)), device="cpu")
     image = Image.linear_gradient("L").resize((50, 40))
     explanation = predictor.explain(image, target="owl")
     assert set(explanation.prediction.scores) == set(CLASSES)
@@ -172,7 +172,7 @@ def test_predictor_from_timm_classifies_and_explains(tmp_path):
 
 def test_predictor_refuses_a_backbone(tmp_path):
     with pytest.raises(CheckpointError, match="a backbone without classes"):
-        Predictor.from_timm(str(folder(tmp_path, num_classes=0)), device="cpu")
+        Predictor.from_checkpoint(str(folder(tmp_path, num_classes=0)), device="cpu")
 
 
 # Fitting to new data --------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_table_fits_the_terminal():
 
 def test_table_lines_up_letters_of_two_columns():
     table = Table(("猫", "dog"))
-    table.widen(["写真/一つ目の大きな画像.png"])
+    table.expect(["写真/一つ目の大きな画像.png"])
     for path, label in (("写真/一つ目の大きな画像.png", "猫"), ("a.png", "dog")):
         line = table.record({"path": path, "predictions": [{"label": label, "score": 0.5}]}).decode()
         assert cell_len(line[: line.index(label)]) == cell_len("写真/一つ目の大きな画像.png") + 3

@@ -37,19 +37,20 @@ def map_name(path: str, *, absolute: bool = False) -> str:
     """Where an image's map goes inside the maps' folder: no two images share one, and none leads out of it.
 
     ``a/b.jpg`` gives ``a/b.jpg.png``. What no file name can safely hold becomes ``%XX``, as in addresses: control
-    characters, undecodable bytes, ``%`` itself, ``..``, and the ``s`` of what would have the name of a sheet. What is
-    absolute in a run of relative paths, or the other way round, gets a folder ``%2F`` or ``%2E`` around it.
+    characters, undecodable bytes, ``%`` itself, ``..``, the dot of a folder ``x.png``, which may be the map of a file
+    ``x``, and the ``s`` of what would have the name of a sheet. What is absolute in a run of relative paths, or the
+    other way round, gets a folder ``%2F`` or ``%2E`` around it.
 
     Args:
         path: Of the image.
         absolute: Whether the paths of the run are absolute: they lose the slash that they begin with.
     """
-    parts = [escaped(part) for part in path.split("/") if part not in ("", ".")]
-    parts[-1] += ".png"
+    *folders, file = (escaped(part) for part in path.split("/") if part not in ("", "."))
+    parts = [re.sub(r"\.png$", "%2Epng", folder) for folder in folders] + [f"{file}.png"]
     slash = path.startswith("/")
     root = [] if slash == absolute else [_percent("/" if slash else ".")]
     name = "/".join(root + [_short(part) for part in parts])
-    return f"%73{name[1:]}" if re.match(r"sheet(-\d+-of-\d+)?\.png(/|$)", name) else name
+    return f"%73{name[1:]}" if re.fullmatch(r"sheet(-\d+-of-\d+)?\.png", name) else name
 
 
 def of_shard(file: str, shard: tuple[int, int]) -> str:
@@ -150,7 +151,7 @@ class Gallery:
         label, score = next(iter(scores.items()))
         entry = {"image": image, "grid": grid.numpy(), "caption": f"{label} {score:.1%}"}
         entry["box"] = self.predictor.preprocess.box(*image.size)
-        file = f"{self.folder}/{map_name(path, absolute=self.absolute)}"
+        file = os.path.join(self.folder or "", map_name(path, absolute=self.absolute))
         self._save(overlay(**{**entry, "caption": f"{entry['caption']} · {self.method}"}), file)
         return file, _small(entry) if remember else None
 
@@ -158,7 +159,7 @@ class Gallery:
         """Write the sheet if it is full, and at the end what is not yet written."""
         if self.sheet_due and self.entries and (end or len(self.entries) >= SHEET):
             self.sheet_due = False
-            self._save(contact_sheet(self.entries[:SHEET]), f"{self.folder}/{self.sheet}")
+            self._save(contact_sheet(self.entries[:SHEET]), os.path.join(self.folder or "", self.sheet))
         if end and self.report and self.survey and self.survey.paths:
             view = self.survey.view()
             entries = explored(self.predictor, self.survey.chosen(view[:CLASSES], REPORT), self.method)

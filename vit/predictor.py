@@ -187,48 +187,36 @@ class Predictor:
         """A predictor from one file, or from a pretrained model of timm's.
 
         Args:
-            path: ``model.safetensors`` or a Lightning ``.ckpt``; none for the CIFAR-10 weights that come with the code.
-                Where there is no such file, what ``from_timm`` takes.
+            path: ``model.safetensors`` or a Lightning ``.ckpt``; the name of a model of timm's, such as
+                ``vit_small_patch16_224.augreg_in21k_ft_in1k``, which timm downloads, or its folder with ``config.json``
+                beside the weights (``vit.pretrained.load_pretrained`` lists all); none for the CIFAR-10 weights that
+                come with the code.
             device: As for the class.
             precision: As for the class.
 
         Raises:
-            CheckpointError: If there is no such thing, or it is no checkpoint.
+            CheckpointError: If there is no such thing, it is no checkpoint, it has no classes, or our model cannot
+                compute what it computes.
         """
         if path is not None and not str(path):
             raise CheckpointError("the checkpoint has an empty name; leave it out for the CIFAR-10 weights")
-        if path is not None and of_timm(path):
-            return cls.from_timm(str(path), device=device, precision=precision)
         if path is None and not SHIPPED.is_file():
             raise CheckpointError(f"{SHIPPED}: the weights that come with the code are missing; name a checkpoint")
         path = path or SHIPPED
-        model, about = load_checkpoint(path)
+        if of_timm(path):
+            from vit.pretrained import load_pretrained  # which takes seconds to import
+
+            model, about = load_pretrained(path)
+            if not about.class_names:
+                hint = f"fine-tune it with --model.pretrained {path}"
+                raise CheckpointError(f"{path}: a backbone without classes; {hint}")
+        else:
+            model, about = load_checkpoint(path)
         try:
             about.preprocess.mode  # noqa: B018 (raises)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
         return cls(model, about, device=device, precision=precision, name=str(path))
-
-    @classmethod
-    @torch.inference_mode(False)
-    def from_timm(cls, name: str, *, device: str = "auto", precision: Precision = "float32") -> "Predictor":
-        """A predictor with a pretrained model of timm's, its labels (ImageNet's, say) and its preprocessing.
-
-        Args:
-            name: Such as ``vit_small_patch16_224.augreg_in21k_ft_in1k``, downloaded by timm; or a folder with
-                ``config.json`` beside the weights. ``vit.pretrained.load_pretrained`` lists all.
-            device: As for the class.
-            precision: As for the class.
-
-        Raises:
-            CheckpointError: If it cannot be had, it has no classifier, or our model cannot compute what it computes.
-        """
-        from vit.pretrained import load_pretrained
-
-        model, about = load_pretrained(name)
-        if not about.class_names:
-            raise CheckpointError(f"{name}: a backbone without classes; fine-tune it with --model.pretrained {name}")
-        return cls(model, about, device=device, precision=precision, name=str(name))
 
     def predict(self, image: Source) -> Prediction:
         """What one image shows.
@@ -261,7 +249,8 @@ class Predictor:
             workers: Threads that decode; none for one that suits the machine.
 
         Raises:
-            ValueError: If it is given one image, whose letters, lines or rows it would take for images.
+            ValueError: If it is given one image, whose letters, lines or rows it would take for images, or a
+                ``batch_size`` below 1.
         """
         one = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
         if one or (isinstance(images, np.ndarray) and is_picture(images)):
@@ -269,6 +258,8 @@ class Predictor:
         given: Iterable[Source | Unreadable] = (
             images if isinstance(images, Sequence | np.ndarray) else map(kept, images)
         )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
         for batch in self.classify(batches(given, batch_size or self.batch_size), workers=workers):
             rows = iter(batch.scores)
             for source, error in zip(batch.sources, batch.errors, strict=True):
@@ -565,8 +556,12 @@ def kept(source: Source) -> Source | Unreadable:
     """The source as it is now: what is no path may be gone, or be another image, when its turn comes."""
     try:
         with turn(source):
-            if isinstance(source, np.ndarray | Image.Image):
+            if isinstance(source, np.ndarray):
                 return source.copy()
+            if isinstance(source, Image.Image):
+                copy = source.copy()
+                copy.format = source.format  # by which a PGM of 16 bits is known
+                return copy
             if not isinstance(source, str | Path | io.TextIOBase) and hasattr(source, "read"):
                 if getattr(source, "seekable", bool)():
                     source.seek(0)
@@ -592,7 +587,8 @@ def _named(source: object, error: ImageError) -> ImageError:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True)
+        return device if device and device.type != "mps" else torch.device("cpu")  # a Mac's: never tried here
     try:
         return torch.device(name)
     except (RuntimeError, TypeError) as error:

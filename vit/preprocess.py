@@ -108,7 +108,7 @@ def is_pgm(image: Image.Image) -> bool:
 
 def told(image: Image.Image, white: float | None) -> float | None:
     """The value that is white, but in a PGM that says so itself, where Pillow has scaled it; before it is decoded."""
-    scaled = is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in image.tile)  # type: ignore[index]
+    scaled = is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in getattr(image, "tile", ()))
     return None if scaled else white
 
 
@@ -144,6 +144,8 @@ def reason(error: Exception, source: object) -> str:
         return f"more pixels than the limit of {Image.MAX_IMAGE_PIXELS}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, MemoryError):  # a large image, or a damaged one that says it is
+        return "no memory to decode it"
     text = " ".join(str(error).split())
     return f"damaged image ({text or type(error).__name__})"
 

@@ -41,6 +41,9 @@ class Format:
     def start(self) -> bytes:
         return b""
 
+    def expect(self, paths: Iterable[str]) -> None:
+        """Learn the paths of the next records."""
+
     def record(self, record: Record) -> bytes:
         raise NotImplementedError
 
@@ -214,7 +217,7 @@ class Table(Format):
         self.label_width = min(24, max(map(cell_len, labels)))
         self.path_width = 20
 
-    def widen(self, paths: Iterable[str]) -> None:
+    def expect(self, paths: Iterable[str]) -> None:
         """Make room for the paths of the next records, so that their columns line up."""
         self.path_width = max(self.path_width, *(min(cell_len(printable(shown(path))), 60) for path in paths))
 
@@ -260,7 +263,8 @@ class Output:
         self.name = path or "standard output"
         self.format = format
         self.discarded = False  # whether an unfinished run's records have made room for this one's
-        self.path = None if path is None or (os.path.exists(path) and not os.path.isfile(path)) else Path(path)
+        device = path is not None and os.path.exists(path) and not os.path.isfile(path)
+        self.path = None if path is None or device else Path(os.path.realpath(path))  # a link stays one
         try:
             if self.path is None:  # standard output, or a device such as /dev/null
                 self.descriptor = os.dup(1) if path is None else os.open(path, os.O_WRONLY)

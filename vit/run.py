@@ -95,6 +95,13 @@ def quiet_libraries() -> Iterator[None]:
         os.close(keep)
 
 
+def standard_streams() -> None:
+    """Streams that were closed, as some daemons start a program, lead nowhere: no file takes their descriptors."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (the lowest descriptor that is free: its own)
+
+
 def say(text: str) -> None:
     """A line for the user, not a record; names of files and classes in it move no terminal."""
     from vit.records import printable
@@ -154,12 +161,13 @@ def load_and_classify(options: argparse.Namespace) -> int:
     except (OutputError, ClusterError) as error:
         if summary.classified + summary.failed:
             summary.tell(inputs)
-        say(f"predict.py: {error}")
+        say(f"predict.py: {error}{where(options) if summary.new else ''}")
         return USAGE
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        say(f"predict.py: out of memory; try a --batch-size below {options.batch_size or predictor.batch_size}")
+        hint = f"try a --batch-size below {options.batch_size or predictor.batch_size}"
+        say(f"predict.py: out of memory; {hint}{where(options) if summary.new else ''}")
         return USAGE
     summary.tell(inputs)
     if summary.classified and gallery:
@@ -265,7 +273,7 @@ def classify(
 ) -> None:
     """Every input to a record of the output, batch by batch."""
     from vit.predictor import batches
-    from vit.records import OutputError, Table
+    from vit.records import OutputError
 
     part, parts = options.shard
     mine = chain.from_iterable(islice(batches(inputs, UNIT), part - 1, None, parts)) if parts > 1 else inputs
@@ -278,9 +286,7 @@ def classify(
     done = 0
     methods = (options.method,) if gallery or options.score_maps else ()
     for batch in work.classify(pieces, methods=methods, score_maps=options.score_maps, workers=options.workers):
-        if isinstance(output.format, Table):
-            sources: Any = batch.sources
-            output.format.widen(map(path_of, sources))
+        output.format.expect(map(path_of, batch.sources))
         for record in records_of(batch, options, predictor, gallery):
             if done < len(again):
                 before, data = again[done]
@@ -312,16 +318,17 @@ def resumed(
     from vit.records import OutputError, shown
 
     kept, rerun_first = output.kept(), gallery.limit if gallery else 0
-    todo: list[list[Item]] = []
-    again: list[Kept] = []
+    head: list[tuple[list[Item], list[Kept]]] = []  # batches that the gallery is of, and their records
+    tail: list[tuple[list[Item], list[Kept]]] = []  # the last batch with records, and the one behind it
     mapped = False
-    first = 0, 0  # how many of each are to stay
     for batch in pieces:
         records = list(islice(kept, len(batch)))
         if summary.classified < rerun_first:
-            first = len(todo) + 1, len(again) + len(records)
+            head.append((batch, records))
         elif records:
-            del todo[first[0] :], again[first[1] :]
+            tail = [(batch, records)]
+        else:
+            tail.append((batch, records))
         for item, (record, _) in zip(batch, records, strict=False):
             if shown(path_of(item)) != shown(record["path"]):
                 raise OutputError(
@@ -333,16 +340,15 @@ def resumed(
                 gallery.refuse_other(record["map"])
             summary.add(record)
             summary.resumed += 1
-        todo.append(batch)
-        again += records
         if len(records) < len(batch):
             break
     if next(kept, None) is not None:
         raise OutputError(f"{output.name}: more records than there are images; run without --resume to start again")
-    return chain(todo, pieces), again
+    again = head + tail
+    return chain((batch for batch, _ in again), pieces), [record for _, records in again for record in records]
 
 
-def path_of(item: "Item") -> str:
+def path_of(item: Any) -> str:
     """The path of an input, readable or not."""
     return item if isinstance(item, str) else item.path
 
@@ -392,6 +398,11 @@ class Summary:
     def classified(self) -> int:
         return self.labels.total()
 
+    @property
+    def new(self) -> int:
+        """Records that this run has written."""
+        return self.classified + self.failed - self.resumed
+
     def add(self, record: "Record") -> None:
         """Count a record."""
         if "error" in record:
@@ -404,7 +415,7 @@ class Summary:
         """Say it on standard error."""
         seconds = time.perf_counter() - self.begin
         total = self.classified + self.failed
-        rate = (total - self.resumed) / seconds
+        rate = self.new / seconds
         speed = f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"
         words = f"{total} image{'s' * (total != 1)} in {seconds:.1f} s ({speed}/s): "
         words += f"{self.classified} classified, {self.failed} failed"
