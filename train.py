@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 from inspect import signature
 from itertools import chain, count, pairwise
@@ -21,7 +21,7 @@ import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,7 +29,7 @@ from rich.console import Console
 
 from data.datamodule import ImageDataModule
 from vit.checkpoint import load_checkpoint
-from vit.classifier import ViTClassifier
+from vit.classifier import MOST_TABLED, ViTClassifier
 from vit.config import check_config
 from vit.guard import Diverged, Guard
 from vit.history import History
@@ -37,7 +37,7 @@ from vit.memory import keep_freed_memory
 from vit.model import VisionTransformer
 from vit.predictor import has_bfloat16
 from vit.progress import TrainingProgress, class_table
-from vit.saving import CheckpointFile, keeper_of
+from vit.saving import Best, CheckpointFile, keeper_of
 
 DESCRIPTION = (
     "Train a vision transformer on images. The project's own settings are --model.* and --data.*; --trainer.* are "
@@ -57,6 +57,10 @@ REFUSED = {  # callbacks of Lightning, and why
     "LearningRateFinder": "trains by a schedule of its own, which ours does not leave room for; try values of model.lr",
 }
 RESULTS = ("last.ckpt", "best.ckpt", "model.safetensors")  # of a run, in its folder
+MEASUREMENTS = ("test", "validate")  # folders in it for what these commands find
+KEEPER = {"save_top_k": 1, "filename": "best"} | dict.fromkeys(  # what else would not keep the best alone
+    ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception", "save_last")
+)
 UNUSABLE = (ValueError, OSError, MisconfigurationException)  # a setting or a file
 ARCHITECTURE = set(signature(VisionTransformer).parameters)
 FACTS = ("class_names", "mean", "std", "image_size", "white")  # flow from the data to the model
@@ -107,7 +111,7 @@ class TrainCLI(LightningCLI):
             parser.link_arguments(f"data.{fact}", f"model.{fact}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.compile", "data.compile")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")  # the best; before the guard saves its state
+        parser.add_lightning_class_args(Best, "checkpoint")  # the best; before the guard saves its state
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
         parser.add_lightning_class_args(Guard, "guard")
         # --help is for people: one line instead of every option's name, and model and data before Lightning's trainer.
@@ -131,7 +135,9 @@ class TrainCLI(LightningCLI):
         """Of a pretrained model's architecture keep what was asked for, and no default that it may contradict."""
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
-        config = (self.config[subcommand] if subcommand else self.config)["model"]
+        settings = self.config[subcommand] if subcommand else self.config
+        config, trainer = settings["model"], settings["trainer"]
+        trainer["default_root_dir"] = os.path.expanduser(trainer["default_root_dir"] or ".")
         if config["pretrained"]:
             leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
 
@@ -174,6 +180,8 @@ class TrainCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         root = Path(self.trainer.default_root_dir)
+        if self._writes(subcommand):
+            refuse_foreign(root)
         with locked(root) if self._writes(subcommand) else nullcontext():
             try:
                 super()._run_subcommand(subcommand)
@@ -201,6 +209,9 @@ class TrainCLI(LightningCLI):
         root, path = Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path")
         last, exported = root / "last.ckpt", root / "model.safetensors"
         data, keeper = self.datamodule, keeper_of(self.trainer)
+        averaged = any(isinstance(callback, WeightAveraging) for callback in cast(Any, self.trainer).callbacks)
+        if averaged and keeper and keeper.save_weights_only:
+            raise ValueError("checkpoint.save_weights_only would keep the weights that are not averaged; leave it out")
         validated = self.trainer.limit_val_batches != 0 and (data.source.val is not None or data.val_fraction)
         for callback in cast(Any, self.trainer).callbacks:
             name, monitor = type(callback).__name__, getattr(callback, "monitor", None) or ""
@@ -233,7 +244,11 @@ class TrainCLI(LightningCLI):
             before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
             if before != now:
                 raise ValueError(f"{file}: trained with model.{name} {before}, which cannot become {now}; {anew}")
-        chosen = [m[1] for key in state["callbacks"] if (m := re.match(r"ModelCheckpoint{'monitor': '?([\w/]+)", key))]
+        chosen = [
+            m[1]
+            for key in state["callbacks"]
+            if (m := re.match(r"(?:Best|ModelCheckpoint){'monitor': '?([\w/]+)", key))
+        ]
         if keeper and chosen and str(keeper.monitor) not in chosen:  # Lightning would forget the best
             words = f"checkpoint.monitor {chosen[-1]}, which cannot become {keeper.monitor}"
             raise ValueError(f"{file}: trained with {words}; {anew}")
@@ -258,7 +273,12 @@ class TrainCLI(LightningCLI):
     def after_test(self) -> None:
         """How well each class is told: a table, and the whole matrix in a file."""
         confusion, names = self.model.confusion, self.model.class_names
-        if confusion is None or not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
+            return
+        if confusion is None:
+            print(
+                f"no table of the classes, and no confusion.csv: {len(names):,} classes are more than {MOST_TABLED:,}"
+            )
             return
         Console().print(class_table(confusion, names))
         path = Path(self.trainer.default_root_dir, "test", "confusion.csv")
@@ -293,9 +313,13 @@ class TrainCLI(LightningCLI):
         balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
         if balance and monitor == "val/acc":  # which the small classes hardly move
             self.config[str(self.subcommand)]["checkpoint"]["monitor"] = "val/balanced_acc"
-        if self.subcommand == "fit" and (kept := self._get(self.config, "checkpoint.save_top_k")) != 1:
-            raise ValueError(f"checkpoint.save_top_k must be 1, got {kept}: there is one best.ckpt")
         if self.subcommand == "fit":
+            for name, value in KEEPER.items():
+                if (given := self._get(self.config, f"checkpoint.{name}") or None) != value:
+                    raise ValueError(
+                        f"checkpoint.{name} {given}: leave it out, there is one best.ckpt, of the best validation "
+                        "(a ModelCheckpoint in trainer.callbacks keeps others beside it)"
+                    )
             check_monitor("checkpoint", self._get(self.config, "checkpoint"))
             for callback in several(config["callbacks"]):
                 name = callback["class_path"].rpartition(".")[2]
@@ -353,6 +377,13 @@ def check_monitor(name: str, options: Any) -> None:
         raise ValueError(f"{name}: mode {mode} takes the worst {monitor} for the best; give mode {MEASURED[monitor]}")
 
 
+def refuse_foreign(root: Path) -> None:
+    """Refuse a folder with a ``config.yaml`` that no run has left there: ours would take its place."""
+    file, signs = root / "config.yaml", (".lock", *RESULTS, "metrics.csv", "hparams.yaml")
+    if file.exists() and not any((root / name).exists() for name in signs):
+        raise ValueError(f"{file}: of no run, and would be overwritten; take another --trainer.default_root_dir")
+
+
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Hold the run folder; this process alone does, not its workers, so a run that was killed leaves it free.
@@ -387,8 +418,7 @@ def put_aside(root: Path) -> Path | None:
     places = (root / name for name in chain(["previous"], (f"previous-{number}" for number in count(2))))
     aside = next(place for place in places if not place.exists())
     aside.mkdir()
-    for path in parts_of_run(root):
-        path.rename(aside / path.name)
+    move_run(root, aside)
     words = f"the run that was here is in {aside}; --ckpt_path last would have gone on with it"
     print(f"{root}: {words}", file=sys.stderr)
     return aside
@@ -397,17 +427,30 @@ def put_aside(root: Path) -> Path | None:
 def put_back(root: Path, aside: Path) -> None:
     """Undo ``put_aside``, for a run that has not begun."""
     for path in parts_of_run(root):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in parts_of_run(aside):
-        path.rename(root / path.name)
+        path.unlink()
+    move_run(aside, root)
     aside.rmdir()
     print(f"{root}: the run that was here is back", file=sys.stderr)
 
 
+def move_run(root: Path, place: Path) -> None:
+    """Move what a run leaves in its folder, and nothing else that may be there."""
+    for path in parts_of_run(root):
+        to = place / path.relative_to(root)
+        to.parent.mkdir(exist_ok=True)
+        path.rename(to)
+    for name in MEASUREMENTS:
+        with suppress(OSError):  # not there, or not empty
+            (root / name).rmdir()
+
+
 def parts_of_run(root: Path) -> list[Path]:
-    """What a run leaves in its folder."""
-    names = (*RESULTS, "metrics.csv", "hparams.yaml", "config.yaml", "test", "validate")
-    return [*(path for name in names if (path := root / name).exists()), *root.glob("events.out.tfevents.*")]
+    """The files that a run leaves in its folder."""
+    found = [root / name for name in RESULTS]
+    for folder in (root, *(root / name for name in MEASUREMENTS)):
+        found += [folder / name for name in ("config.yaml", "metrics.csv", "hparams.yaml", "confusion.csv")]
+        found += folder.glob("events.out.tfevents.*")
+    return [path for path in found if path.is_file()]
 
 
 def configs(args: Any) -> list[str]:
@@ -445,7 +488,7 @@ def main(args: ArgsType = None) -> int:
         ".*LeafSpec.*is deprecated.*",  # Lightning's own affair
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # TrainOrder goes on where it stopped
         ".*The dirpath has changed.*",  # a checkpoint of another folder
-        ".*need to be provided during .Trainer.*(ModelCheckpoint|Timer).*",  # other settings now
+        ".*need to be provided during .Trainer.*(Best|ModelCheckpoint|Timer).*",  # other settings now
         ".*Total length of `list` across ranks is zero.*",  # data.val_fraction 0: nothing to validate on
         ".*could not find the monitored key.*",  # nothing was validated; the end of the run says so
         ".*WeightAveraging callback with a model that overrides the configure_model.*",  # which shards only for FSDP

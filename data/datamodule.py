@@ -136,11 +136,16 @@ class StreamBatches(StreamDataset):
 
 
 class EvalOrder(Sampler[Draw]):
-    """Each image once over all ranks, none twice: no padding, so that every number of ranks measures the same."""
+    """Each image once over all ranks, none twice, so that every number of ranks measures the same.
+
+    All have as many batches, the last one of some perhaps empty: where weights are shared out (FSDP), a rank that has
+    one more would wait for the others for ever.
+    """
 
     def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int, device: torch.device = CPU):
-        # An empty one if there are too few.
-        self.chunks = torch.arange(size, device=device)[rank::world_size].split(batch_size)
+        count = max(1, -(-size // (world_size * batch_size)))
+        chunks = torch.arange(size, device=device)[rank::world_size].split(batch_size)
+        self.chunks = chunks + chunks[0][:0].split(1) * (count - len(chunks))
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -293,7 +298,13 @@ class ImageDataModule(LightningDataModule):
             self.train = StreamBatches(train, seed=self.seed)
         elif val is None and self.val_fraction:
             kept, held_out = stratified_split(train.labels, self.val_fraction, seed=0)  # the same for every run's seed
+            if not len(held_out):
+                hint = "give more, or hold none out (data.val_fraction 0)"
+                raise DataError(f"{self.dataset}: one image a class is too few to train and validate; {hint}")
             self.train, self.val = SplitDataset(train, kept), SplitDataset(train, held_out)
+            if stage == "fit" and (ones := (train.labels.bincount() == 1).nonzero().flatten().tolist()):
+                names = ", ".join(self.class_names[one] for one in ones[:5]) + ", ..." * (len(ones) > 5)
+                say_once(f"{self.dataset}: validation has no image of classes with one alone, which trains: {names}")
         else:
             self.train = SplitDataset(train)
 

@@ -17,7 +17,6 @@ from vit.preprocess import SUFFIXES
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 TABLES = (".csv", ".tsv", ".parquet")
-TOO_FEW = "has one image, too few to train and validate: add images, remove the class"
 
 Listing = tuple[str, np.ndarray, Tensor]  # a folder, paths below it as bytes (N,), class numbers (N,)
 
@@ -49,8 +48,6 @@ def list_images(roots: list[Path]) -> tuple[tuple[str, ...], dict[str, Listing]]
         parts = {s: find_images(folders[s], class_names, s, passed_over) for s in SPLITS if s in folders}
     except OSError as error:
         raise DataError(f"{os.fsdecode(error.filename or roots[0])}: {error.strerror}") from None
-    if name := class_of_one(class_names, parts):
-        raise DataError(f"{folders['train'][0] / name} {TOO_FEW} or give a val/ folder")
     if passed_over or beside:
         say_once(f"{', '.join(map(str, roots))}: left out: {'; '.join(left_out(passed_over, beside))}")
     return class_names, parts
@@ -63,12 +60,6 @@ def left_out(passed_over: Counter[str], beside: list[str]) -> Iterator[str]:
         yield f"{passed_over.total()} other files in the class folders ({kinds})"
     if beside:
         yield f"{len(beside)} outside them ({', '.join(beside[:3])}{', ...' * (len(beside) > 3)})"
-
-
-def class_of_one(class_names: tuple[str, ...], listings: dict[str, Listing]) -> str | None:
-    """A class of one training image, where some of each class must be held out; none if there is none."""
-    counts = listings["train"][2].bincount()
-    return class_names[int(counts.argmin())] if "val" not in listings and counts.min() == 1 else None
 
 
 def composed(name: str) -> str:
@@ -215,8 +206,6 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             raise DataError(f"{file}: class {min(unknown)!r} of the {split} images is none of the training images")
         names = np.array([os.fsencode(path) for path, _ in pairs])
         listings[split] = str(file.parent), names, torch.tensor([numbers[label] for _, label in pairs])
-    if name := class_of_one(class_names, listings):
-        raise DataError(f"{file}: class {name!r} {TOO_FEW} or mark validation images in a column 'split'")
     return class_names, listings
 
 

@@ -207,13 +207,14 @@ def test_restarted_run_sees_what_the_whole_run_would_have(folder, tmp_path, monk
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("size", [1, 5, 24, 143])
+@pytest.mark.parametrize("size", [1, 5, 21, 24, 143])
 def test_evaluation_sees_every_image_once(size, world_size):
     orders = [EvalOrder(size=size, batch_size=10, rank=rank, world_size=world_size) for rank in range(world_size)]
     chunks = [draw.indices for made in orders for draw in made]
     assert sorted(torch.cat(chunks).tolist()) == list(range(size))
     assert max(len(chunk) for chunk in chunks) <= 10
     assert all(len(list(made)) == len(made) > 0 for made in orders)  # a rank without images takes part all the same
+    assert len({len(made) for made in orders}) == 1  # ranks that share out weights (FSDP) go on together
 
 
 def test_loaders_cover_the_splits(digits):

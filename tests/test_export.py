@@ -167,6 +167,12 @@ def test_command_writes_beside_the_checkpoint(tmp_path, capsys):
     assert export.main([str(path), "--format", "timm"]) == 0
     assert "local-dir:" in capsys.readouterr().out
     assert load_pretrained(tmp_path / "model_timm")[1].class_names == CLASSES
+    assert export.main([str(path), "--format", "timm", "--out", str(tmp_path / "model_timm")]) == 0  # once more
+    before = path.read_bytes()
+    assert export.main([str(path), "--format", "timm", "--out", str(tmp_path)]) == 2
+    assert f"{path}: a checkpoint of this project, which would be overwritten" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert export._beside("vit_tiny_patch16_224=sub/w.pth", "timm") == Path("vit_tiny_patch16_224_timm")
 
 
 def test_an_export_of_a_folder_lies_beside_it(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 
 import train
 import vit.guard
@@ -161,6 +162,14 @@ def test_saves_at_the_end_only_where_time_is_short(tmp_path, saves):
     assert [step for name, step in saves if name == "last.ckpt"] == [10]
 
 
+def test_saves_at_the_end_only_where_time_is_over_too_early(tmp_path, saves, monkeypatch):
+    """``min_epochs`` goes on all the same."""
+    monkeypatch.setattr(Timer, "_check_time_remaining", lambda timer, trainer: setattr(trainer, "should_stop", True))
+    monkeypatch.setattr(Timer, "time_remaining", lambda timer, stage=None: -1.0)
+    assert fit(tmp_path, "--trainer.min_epochs=2", "--trainer.max_time=00:01:00:00") == 0
+    assert [step for name, step in saves if name == "last.ckpt"] == [10]
+
+
 def test_saving_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch, saves):
     """A save that takes long, by a clock that only it moves and the steps: one second each, a save three."""
     now = [0.0]
@@ -191,7 +200,7 @@ def test_no_room(tmp_path, monkeypatch, capfd):
 
 
 def test_full_disk_keeps_the_old_best(tmp_path, monkeypatch, capfd):
-    """The second of the files that take turns cannot be saved."""
+    """The second one cannot be saved."""
     save, times = CheckpointFile.save_checkpoint, []
 
     def full(self: CheckpointFile, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -201,10 +210,11 @@ def test_full_disk_keeps_the_old_best(tmp_path, monkeypatch, capfd):
         save(self, checkpoint, path, storage_options)
 
     monkeypatch.setattr(CheckpointFile, "save_checkpoint", full)
-    assert fit(tmp_path, "--checkpoint.filename={step}", "--checkpoint.monitor=null", "--guard.minutes=60") == 2
-    assert "step=10.ckpt: the checkpoint could not be saved (No space left on device)" in capfd.readouterr().err
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=5.ckpt"]
-    assert CheckpointFile().load_checkpoint(tmp_path / "step=5.ckpt")["global_step"] == 5
+    assert fit(tmp_path, "--checkpoint.monitor=null", "--guard.minutes=60") == 2
+    said = "best.ckpt: the checkpoint could not be saved (No space left on device); the previous one is kept"
+    assert said in capfd.readouterr().err
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["best.ckpt"]
+    assert CheckpointFile().load_checkpoint(tmp_path / "best.ckpt")["global_step"] == 5
 
 
 def test_negative_minutes(tmp_path, capfd):

@@ -24,6 +24,7 @@ from PIL import Image
 
 import data.cache
 import train
+import vit.classifier
 from data.sources import Split, load_digits
 from vit import Predictor
 from vit.checkpoint import load_checkpoint, save_checkpoint
@@ -506,6 +507,14 @@ def test_classes_of_different_size(tmp_path, capfd):
         assert re.search(rf"{label} .* 5 .* {row[predictor.class_names.index(label)] / 5:.1%}", printed)
 
 
+def test_a_table_too_large_is_said_not_to_be_made(fitted, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(vit.classifier, "MOST_TABLED", 9)
+    shutil.copytree(fitted, tmp_path / "run")
+    assert run("test", tmp_path / "run", "--ckpt_path=best") == 0
+    assert "no table of the classes, and no confusion.csv: 10 classes are more than" in capfd.readouterr().out
+    assert not (tmp_path / "run" / "test" / "confusion.csv").exists()
+
+
 def test_white_goes_from_the_data_to_the_model_file(tmp_path, capfd):
     for i in range(12):
         path = tmp_path / "cells" / "ab"[i % 2] / f"{i}.tif"
@@ -519,6 +528,11 @@ def test_white_goes_from_the_data_to_the_model_file(tmp_path, capfd):
     capfd.readouterr()
     assert run("validate", tmp_path / "run", *data, "--ckpt_path=best") == 2
     assert "the checkpoint's images have data.white 4095.0, these None" in capfd.readouterr().err
+    start = f"--model.pretrained={tmp_path / 'run' / 'model.safetensors'}"
+    assert run("validate", tmp_path / "other", *data, start) == 2
+    assert "model.safetensors: trained on images with data.white 4095.0, here it is None" in capfd.readouterr().err
+    assert run("fit", tmp_path / "other", *data, start, "--trainer.max_epochs=1") == 0
+    assert "model.safetensors: data.white 4095.0 before, None now" in capfd.readouterr().err
 
 
 def test_nothing_of_an_earlier_run_is_taken_for_the_new_one(tmp_path, capfd):
@@ -580,6 +594,75 @@ def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_pat
     assert [part["best_model_path"] for part in state.values() if "dirpath" in part] == [str(two / "best.ckpt")]
 
 
+@pytest.mark.parametrize("key", ["Best", "ModelCheckpoint"])
+def test_the_best_so_far_is_known_to_a_run_that_goes_on(key, fitted, tmp_path, capfd):
+    """Its state had the name of Lightning's class once; where its file is gone, the next one is the best."""
+    shutil.copytree(fitted, root := tmp_path / "run")
+    state = torch.load(root / "last.ckpt", weights_only=True)
+    (was,) = (name for name in state["callbacks"] if name.startswith("Best{"))
+    state["callbacks"][was.replace("Best", key, 1)] = state["callbacks"].pop(was)
+    torch.save(state, root / "last.ckpt")
+    best = weights(root / "best.ckpt")
+    go_on = ["--ckpt_path=last", "--model.lr=0.3"]  # which makes it worse
+    assert run("fit", root, *go_on, "--trainer.max_epochs=3") == 0
+    assert all(torch.equal(value, best[name]) for name, value in weights(root / "best.ckpt").items())
+    (root / "best.ckpt").unlink()
+    assert run("fit", root, *go_on, "--trainer.max_epochs=4") == 0
+    assert f"{root / 'best.ckpt'}: is gone" in capfd.readouterr().err
+    assert torch.load(root / "best.ckpt", weights_only=True)["epoch"] == 3
+    assert (root / "model.safetensors").exists()
+
+
+def test_a_run_goes_on_with_as_many_steps_an_epoch_only(tmp_path, capfd):
+    """More devices or batches of other sizes that make as many steps are fine, also within an epoch."""
+    begun = ["--trainer.max_epochs=2", "--trainer.max_steps=3"]
+    assert run("fit", tmp_path, *begun) == 0
+    shutil.copytree(tmp_path, whole := tmp_path / "whole")
+    go_on = ["--trainer.max_epochs=2", "--ckpt_path=last"]
+    assert run("fit", tmp_path, *go_on, "--data.batch_size=200") == 2
+    assert "step 3 of epoch 0 cannot go on with epochs of 6 steps" in capfd.readouterr().err
+    halves = ["--data.batch_size=128", "--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=10"]
+    assert run("fit", tmp_path, *go_on, *halves) == 0
+    assert run("fit", whole, *go_on) == 0
+    ends = [torch.load(root / "last.ckpt", weights_only=True) for root in (tmp_path, whole)]
+    assert [end["global_step"] for end in ends] == [10, 10]
+    assert [end["epoch"] for end in ends] == [1, 1]
+    assert [end["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] for end in ends] == [10, 5]
+    assert ends[0]["lr_schedulers"][0]["_last_lr"] == ends[1]["lr_schedulers"][0]["_last_lr"]
+
+
+def test_validation_by_the_clock(tmp_path):
+    assert run("fit", tmp_path, "--trainer.max_epochs=2", "--trainer.val_check_interval=00:00:00:01") == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 10
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_home_is_the_user_s(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    assert run("fit", Path("~/run"), *short) == 0
+    assert {"metrics.csv", "best.ckpt", "config.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert run("validate", Path("~/run"), "--ckpt_path=best") == 0
+    assert not Path("~").exists()
+
+
+def test_what_is_not_a_run_s_stays_in_its_place(tmp_path, capfd):
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    (tmp_path / "config.yaml").write_text("mine: 1")
+    assert run("fit", tmp_path, *short) == 2
+    assert f"{tmp_path}/config.yaml: of no run, and would be overwritten" in capfd.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1"
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "test" / "cat" / "1.png").touch()
+    assert run("fit", tmp_path, *short) == 0
+    assert run("test", tmp_path, "--ckpt_path=best") == 0
+    assert run("fit", tmp_path, *short) == 0
+    assert [path.name for path in (tmp_path / "test").iterdir()] == ["cat"]
+    assert (tmp_path / "test" / "cat" / "1.png").exists()
+    assert {"metrics.csv", "confusion.csv"} <= {path.name for path in (tmp_path / "previous" / "test").iterdir()}
+
+
 def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, capfd):
     """Half of the images as validation images: most of them it has trained on."""
     assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
@@ -609,33 +692,37 @@ def test_a_run_goes_on_in_another_folder_and_what_was_there_is_put_aside(tmp_pat
 
 def test_checkpoints_of_one_s_own_do_not_become_the_best(tmp_path, monkeypatch):
     monkeypatch.setitem(train.MEASURED, "val/loss", "max")
-    own = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, every_n_epochs: 1, dirpath: %s}}" % (
-        tmp_path / "own"
-    )
-    options = ["--trainer.max_epochs=2", "--checkpoint.mode=max", f"--trainer.callbacks=[{own}]"]
+    made = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, %s, dirpath: %s}}"
+    own = [made % ("every_n_epochs: 1", tmp_path / "own"), made % ("monitor: val/loss, mode: max", tmp_path / "same")]
+    options = ["--trainer.max_epochs=2", "--checkpoint.mode=max", f"--trainer.callbacks=[{', '.join(own)}]"]
     assert run("fit", tmp_path / "run", *options) == 0
-    assert len(list((tmp_path / "own").iterdir())) == 2
+    assert len(list((tmp_path / "own").iterdir())) == len(list((tmp_path / "same").iterdir())) == 2
     best = weights(tmp_path / "run" / "best.ckpt")
     assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["epoch"] == 0
     exported = load_checkpoint(tmp_path / "run" / "model.safetensors")[0].state_dict()
     assert all(torch.equal(value, best[f"vit.{key}"]) for key, value in exported.items())
 
 
-@pytest.mark.parametrize("steps", [7, 10], ids=["within an epoch", "at its end"])
-def test_out_of_time_is_not_done(steps, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "steps"),
+    [(7, 1, 7), (10, 1, 10), (8, 2, 5)],
+    ids=["within an epoch", "at its end", "within a step"],
+)
+def test_out_of_time_is_not_done(batches, accumulate, steps, tmp_path, monkeypatch):
     """A run that ``trainer.max_time`` ended goes on to what it would have been."""
 
     def check(timer: Timer, trainer: Any) -> None:
-        timer.left = -1.0 if trainer.global_step >= steps else 1.0  # type: ignore[attr-defined]
+        timer.left = 1.0 if trainer.fit_loop.epoch_loop.total_batch_idx + 1 < batches else -1.0  # type: ignore[attr-defined]
         trainer.should_stop = trainer.should_stop or timer.left < 0  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Timer, "_check_time_remaining", check)
     monkeypatch.setattr(Timer, "time_remaining", lambda timer, stage=None: getattr(timer, "left", 1.0))
     parted, whole = tmp_path / "parted", tmp_path / "whole"
-    assert run("fit", parted, "--trainer.max_epochs=3", "--trainer.max_time=00:01:00:00") == 0
+    options = ["--trainer.max_epochs=3", f"--trainer.accumulate_grad_batches={accumulate}"]
+    assert run("fit", parted, *options, "--trainer.max_time=00:01:00:00") == 0
     assert torch.load(parted / "last.ckpt", weights_only=True)["global_step"] == steps
     for root in (parted, whole):
-        assert run("fit", root, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+        assert run("fit", root, *options, "--ckpt_path=last") == 0
     first, second = weights(parted / "last.ckpt"), weights(whole / "last.ckpt")
     assert all(torch.equal(first[key], value) for key, value in second.items())
 
@@ -703,7 +790,19 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "never validated": (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch must be above 0"),
         "no accumulation": (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be above 0"),
         "overfit": (["--trainer.overfit_batches=1"], "trainer.overfit_batches is not supported"),
-        "three best": (["--checkpoint.save_top_k=3"], "checkpoint.save_top_k must be 1, got 3"),
+        "three best": (["--checkpoint.save_top_k=3"], "checkpoint.save_top_k 3: leave it out, there is one best.ckpt"),
+        "best by another name": (
+            ["--checkpoint.filename=mine"],
+            "checkpoint.filename mine: leave it out, there is one",
+        ),
+        "not measured yet": (["--checkpoint.every_n_train_steps=7"], "checkpoint.every_n_train_steps 7: leave it out"),
+        "averages not kept": (
+            [
+                *("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"),
+                "--checkpoint.save_weights_only=true",
+            ],
+            "checkpoint.save_weights_only would keep the weights that are not averaged",
+        ),
         "no best": (["--ckpt_path=best"], "best.ckpt: no such checkpoint file"),
         "endless": (["--trainer.max_epochs=-1"], "give trainer.max_epochs"),
         "accelerator": (["--trainer.accelerator=abacus"], "abacus"),

@@ -42,6 +42,9 @@ class Batch(Protocol):
     labels: Tensor
 
 
+MOST_TABLED = 1000  # classes for a table of what was taken for what: it would be larger than the model
+
+
 class ViTClassifier(LightningModule):
     """A vision transformer in training.
 
@@ -106,7 +109,7 @@ class ViTClassifier(LightningModule):
         if pretrained is None:
             self.vit = VisionTransformer(image_size=size, in_chans=len(mean), num_classes=len(class_names), **vit)
         else:
-            facts = {"image_size": size, "class_names": class_names, "mean": mean, "std": std}
+            facts = {"image_size": size, "class_names": class_names, "mean": mean, "std": std, "white": white}
             self.vit, self.adapted = start_from(pretrained, **facts, **vit)
         for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
             if not 0 <= value < 1:
@@ -136,12 +139,13 @@ class ViTClassifier(LightningModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
         self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15)
-        few = len(class_names) <= 1000  # or else the matrix is larger than the model
+        few = len(class_names) <= MOST_TABLED
         self.test_confusion = MulticlassConfusionMatrix(len(class_names), validate_args=False) if few else None
         self.confusion: Tensor | None = None  # images of each class (row) that were given each class, of the last test
         self.fit_temperature = Temperature()
         self.register_buffer("temperature", torch.tensor(1.0))
         self.total_steps, self.started, self.minutes = 1, time.monotonic(), 0.0
+        self.steps_an_epoch: int | None = None  # of the run, known when it starts or goes on
 
     def _metrics(self, prefix: str) -> MetricCollection:
         classes = len(self.class_names)
@@ -164,8 +168,11 @@ class ViTClassifier(LightningModule):
         assert self.pretrained is not None
         _, about = load_pretrained(self.pretrained)
         theirs = about.preprocess
+        if theirs.white != self.preprocess.white:
+            now = self.preprocess.white
+            raise ValueError(f"{self.pretrained}: trained on images with data.white {theirs.white}, here it is {now}")
         if len(theirs.mean) == len(self.preprocess.mean):
-            facts = {"image_size": self.vit.image_size, "class_names": self.class_names}
+            facts = {"image_size": self.vit.image_size, "class_names": self.class_names, "white": theirs.white}
             self.vit, self.adapted = start_from(self.pretrained, **facts, mean=theirs.mean, std=theirs.std)
             self.preprocess = replace(self.preprocess, mean=theirs.mean, std=theirs.std)
             self.temperature.fill_(about.temperature)
@@ -198,7 +205,8 @@ class ViTClassifier(LightningModule):
         ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
         if ends and self.global_step + 1 == self.total_steps:  # the end is measured, wherever it comes
             trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
-            trainer._val_check_time_interval = None
+            if trainer._val_check_time_interval is not None:
+                trainer._val_check_time_interval, trainer.val_check_interval = None, batch_idx + 1
         # Stochastic depth draws at a step what it would draw in a run that was never interrupted.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)))
@@ -269,14 +277,20 @@ class ViTClassifier(LightningModule):
         """A run that goes on does so with today's settings: the optimiser's state brought back its checkpoint's."""
         trainer: Any = self.trainer
         steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)  # an epoch
-        first = trainer.current_epoch * steps
-        if not first <= self.global_step <= first + steps:  # the learning rate would end too early, or never
+        done, before = self.global_step - trainer.current_epoch * steps, self.steps_an_epoch
+        if not 0 <= done <= steps or before not in (None, steps):  # the learning rate would end too early, or never
             raise ValueError(
                 f"step {self.global_step} of epoch {trainer.current_epoch} cannot go on with epochs of {steps} steps: "
                 "keep data.batch_size x devices x trainer.accumulate_grad_batches, and the images, as they were (where "
                 "batches do not come out even, by --trainer.limit_train_batches), or begin a new run from the weights "
                 "(--model.pretrained)"
             )
+        self.steps_an_epoch = steps
+        if before and done < steps:  # Lightning counts batches, of which another number may make a step now
+            progress = trainer.fit_loop.epoch_loop.batch_progress.current
+            shift = done * trainer.accumulate_grad_batches - progress.processed
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(progress, name, getattr(progress, name) + shift)
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
@@ -331,6 +345,7 @@ class ViTClassifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["vit"] = describe(self.about())
+        checkpoint["steps_an_epoch"] = self.steps_an_epoch
         checkpoint["state_dict"]["temperature"] = self.temperature  # as fitted, also where weights are averages
         numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
         for state, optimizer in zip(checkpoint.get("optimizer_states", ()), self.trainer.optimizers, strict=False):
@@ -357,6 +372,7 @@ class ViTClassifier(LightningModule):
         theirs = checkpoint["vit"]
         self.refuse_other(theirs)
         self.minutes, self.resumed = theirs["training"]["minutes"], True
+        self.steps_an_epoch = checkpoint.get("steps_an_epoch")  # older files lack it
         # The weights belong to their preprocessing, whatever the mean and deviation of the images that come now.
         self.preprocess = Preprocess(**theirs["preprocess"])
         trainer = self._trainer
@@ -394,12 +410,22 @@ class BalancedAccuracy(MulticlassAccuracy):
 
 
 def relocate(state: dict[str, Any], root: Path) -> None:
-    """Let ModelCheckpoint's state name the best model in this folder, if it is there: a run may be moved or copied."""
-    best = root.resolve() / Path(state["best_model_path"]).name
-    if best.is_file():
-        state["best_model_path"] = state["kth_best_model_path"] = str(best)
-        state["best_k_models"] = dict.fromkeys([str(best)], state["best_model_score"])
-        state["dirpath"] = str(best.parent)
+    """Let ModelCheckpoint's state name the best model in this folder, as a run may be moved; none if it is gone.
+
+    Args:
+        state: Of the callback; changed.
+        root: Folder of the run.
+    """
+    named = Path(state["best_model_path"])
+    here = root.resolve() / named.name
+    if here.is_file() and here != named:
+        state["best_model_path"] = state["kth_best_model_path"] = str(here)
+        state["best_k_models"] = dict.fromkeys([str(here)], state["best_model_score"])
+        state["dirpath"] = str(here.parent)
+    elif state["best_model_path"] and not named.is_file():  # a better one than that may never come
+        state.update(best_model_path="", kth_best_model_path="", best_model_score=None, best_k_models={})
+        if rank_zero_only.rank == 0:
+            print(f"{named}: is gone; the best weights are those of validations from here on", file=sys.stderr)
 
 
 def compiled(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:

@@ -10,14 +10,14 @@ import json
 import logging
 import sys
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit.checkpoint import Checkpoint, CheckpointError, describe
+from vit.checkpoint import Checkpoint, CheckpointError, describe, load_checkpoint
 from vit.model import VisionTransformer
 from vit.rollout import fuse_heads, pooling_weights, rollout
 
@@ -83,8 +83,13 @@ def export_timm(model: VisionTransformer, about: Checkpoint, folder: str | Path)
 
     Raises:
         CheckpointError: If timm has no such model.
+        FileExistsError: If the folder holds a checkpoint of ours: timm's has the same name.
     """
     from timm.models import save_for_hf
+
+    with suppress(CheckpointError):
+        load_checkpoint(file := Path(folder) / "model.safetensors")
+        raise FileExistsError(f"{file}: a checkpoint of this project, which would be overwritten; name another folder")
 
     theirs, preprocess = to_timm(model), about.preprocess
     save_for_hf(
@@ -242,7 +247,7 @@ def _beside(checkpoint: str, form: str) -> Path:
     if path.is_dir():
         stem = path.resolve()  # of "." too, which has no name
     else:
-        stem = path.with_suffix("") if path.is_file() else Path(path.name.partition("=")[0])
+        stem = path.with_suffix("") if path.is_file() else Path(Path(checkpoint.partition("=")[0]).name)
     return stem.with_name(f"{stem.name}_timm") if form == "timm" else stem.with_name(f"{stem.name}.onnx")
 
 

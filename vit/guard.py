@@ -141,8 +141,12 @@ class Guard(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         stepped, self.stepped = self.stepped, False
         loop = trainer.fit_loop.epoch_loop
-        if not stepped or loop.batch_progress.is_last_batch:
+        if loop.batch_progress.is_last_batch:
             return  # the epoch's end is near
+        if not stepped:
+            if out_of_time(trainer):
+                trainer.should_stop = False  # until the next step, or the gradients so far would be lost
+            return
         assert trainer.fit_loop._data_fetcher is not None
         # Out of time, Lightning validates at once; the run that goes on does so when it is its turn.
         asked = (self.signal or self.due) and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
@@ -205,9 +209,11 @@ class Guard(Checkpoint):
 
 
 def out_of_time(trainer: Trainer) -> bool:
-    """Whether ``trainer.max_time`` ends the run here; its Timer comes before us."""
+    """Whether ``trainer.max_time`` ends the run here, as the first process has it; its Timer comes before us."""
+    if not (trainer.should_stop and trainer.fit_loop._can_stop_early):  # which all processes agree on
+        return False
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    return trainer.should_stop and any((timer.time_remaining() or 1) <= 0 for timer in timers)
+    return trainer.strategy.broadcast(any((timer.time_remaining() or 1) <= 0 for timer in timers))
 
 
 def local(tensor: Tensor) -> Tensor:

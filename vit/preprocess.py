@@ -108,7 +108,8 @@ def is_pgm(image: Image.Image) -> bool:
 
 def told(image: Image.Image, white: float | None) -> float | None:
     """The value that is white, but in a PGM that says so itself, where Pillow has scaled it; before it is decoded."""
-    scaled = is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in getattr(image, "tile", ()))
+    tiles = getattr(image, "tile", ())  # a copy has none
+    scaled = is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in tiles)
     return None if scaled else white
 
 

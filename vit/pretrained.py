@@ -262,6 +262,7 @@ def start_from(
     class_names: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
+    white: float | None = None,
     **asked: Any,
 ) -> tuple[VisionTransformer, list[str]]:
     """A model for new data with the weights of an old one, and what had to be changed, in words.
@@ -272,6 +273,7 @@ def start_from(
         class_names: Names of the new classes; the head is kept only if they are the old ones.
         mean: Mean of each channel of the new images, of values in [0, 1].
         std: Standard deviation of each channel of the new images, of values in [0, 1].
+        white: Value that is white in the new images, if they are grey with more than 8 bits.
         asked: Arguments of VisionTransformer; a patch_size other than the old one resamples the patch embedding, and
             drop_path_rate is 0 unless asked for: how the old weights were trained says nothing of the new training.
 
@@ -298,6 +300,8 @@ def start_from(
     if tuple(class_names) != about.class_names:
         weights |= {name: new.state_dict()[name] for name in ("head.weight", "head.bias")}
         notes.append(f"head replaced: {len(about.class_names)} classes before, {len(class_names)} now")
+    if white != about.preprocess.white:
+        notes.append(f"data.white {about.preprocess.white} before, {white} now")
     new.load_state_dict(weights, strict=True)
     return new, notes
 

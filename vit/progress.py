@@ -175,7 +175,8 @@ class TrainingProgress(ProgressBar):
             return
         path, about = exported
         score = f", {self.metric_name} {about.metrics[self.metric]:.1%}" if self.metric in about.metrics else ""
-        which = "best" if pl_module.measured else "last (nothing was validated)"
+        why = "none were kept as the best" if about.metrics else "nothing was validated"
+        which = "best" if pl_module.measured else f"last ({why})"
         for line in (
             f"{which} weights{score}: {path}",
             f"classify with them: python predict.py IMAGE --checkpoint {path}",

@@ -53,10 +53,20 @@ class CheckpointFile(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-def keeper_of(trainer: Trainer) -> ModelCheckpoint | None:
-    """The callback that keeps the run's best weights: the last ModelCheckpoint, as a user's own come before it."""
-    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return keepers[-1] if keepers else None
+class Best(ModelCheckpoint):
+    """Keeps the run's best weights, as ``best.ckpt``.
+
+    A class of its own, so that its state is not taken for that of a user's ModelCheckpoint of the same number.
+    """
+
+    @property
+    def _legacy_state_key(self) -> str:  # type: ignore[override]
+        return self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)  # in older files
+
+
+def keeper_of(trainer: Trainer) -> Best | None:
+    """The callback that keeps the run's best weights."""
+    return next((callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best)), None)
 
 
 def reason(error: BaseException) -> str:
