@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.augment import DRAWS, Augment, epoch_key, uniform
 from data.cache import OnBad, say_once
 from data.sources import DataError, Source, Split, Stream, load_source, stratified_split
-from data.stream import StreamDataset, StreamOrder, even
+from data.stream import Batch, StreamDataset, StreamOrder, even
 from vit.preprocess import Preprocess
 
 CPU = torch.device("cpu")
@@ -30,13 +30,6 @@ class Draw(NamedTuple):
 
     epoch: int
     indices: Tensor  # (B,) views: image + turn * images in the split, where turn counts its repetitions in the epoch
-
-
-class Batch(NamedTuple):
-    images: Tensor  # (B, C, H, W) uint8; normalised floats after the transfer to the device
-    labels: Tensor  # (B,) int64; with mixup or cutmix (B, classes) shares after the transfer
-    indices: Tensor  # (B,) int64, as in Draw
-    epoch: int
 
 
 class SplitDataset(Dataset):
@@ -128,13 +121,6 @@ def balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(views)
 
 
-class StreamBatches(StreamDataset):
-    """Batches of a stream."""
-
-    def __getitem__(self, draw: Any) -> Batch:
-        return Batch(*super().__getitem__(draw))
-
-
 class EvalOrder(Sampler[Draw]):
     """Each image once over all ranks, none twice, so that every number of ranks measures the same.
 
@@ -154,9 +140,9 @@ class EvalOrder(Sampler[Draw]):
         return (Draw(0, chunk) for chunk in self.chunks)
 
 
-def batches(split: Split | Stream) -> SplitDataset | StreamBatches:
+def batches(split: Split | Stream) -> SplitDataset | StreamDataset:
     """A split in its own order."""
-    return StreamBatches(split) if isinstance(split, Stream) else SplitDataset(split)
+    return StreamDataset(split) if isinstance(split, Stream) else SplitDataset(split)
 
 
 def usable_cores() -> int:
@@ -286,7 +272,7 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is not None:
             self.device = self.trainer.strategy.root_device
         train, val, test = self.source.train, self.source.val, self.source.test
-        self.train: SplitDataset | Any  # Any: StreamBatches, as for the others
+        self.train: SplitDataset | Any  # Any: StreamDataset, as for the others
         self.val: Any = None if val is None else batches(val)
         self.test: SplitDataset | Any | None = None if test is None else batches(test)
         if isinstance(train, Stream):
@@ -295,7 +281,7 @@ class ImageDataModule(LightningDataModule):
             if val is None and self.val_fraction:
                 train, val = train.hold_out(self.val_fraction)
                 self.val = batches(val)
-            self.train = StreamBatches(train, seed=self.seed)
+            self.train = StreamDataset(train, seed=self.seed)
         elif val is None and self.val_fraction:
             kept, held_out = stratified_split(train.labels, self.val_fraction, seed=0)  # the same for every run's seed
             if not len(held_out):
@@ -356,7 +342,7 @@ class ImageDataModule(LightningDataModule):
         """Fingerprint of the images that are held out of the training images; none where the set has its own."""
         if self.val is None or self.source.val is not None:
             return None
-        if isinstance(self.val, StreamBatches):
+        if isinstance(self.val, StreamDataset):
             stream = self.val.stream
             return hashlib.sha256(repr((stream.chosen, stream.shards.lengths)).encode()).hexdigest()[:16]
         places = torch.cat([self.val.subset, torch.tensor([len(self.val.split.labels)])])
@@ -369,7 +355,7 @@ class ImageDataModule(LightningDataModule):
                 f"{len(self.train)} training images cannot be shared by {count} processes: use fewer devices"
             )
         places = {"size": len(self.train), "batch_size": self.batch_size, "position": self.position, **rank}
-        if isinstance(self.train, StreamBatches):
+        if isinstance(self.train, StreamDataset):
             self.order = StreamOrder(**places, workers=self.workers)
             return self._loader(self.train, self.order)
         labels = self.train.split.labels[self.train.subset] if self.balance else None
@@ -389,9 +375,9 @@ class ImageDataModule(LightningDataModule):
             )
         return self._eval_loader(self.test)
 
-    def _eval_loader(self, dataset: SplitDataset | StreamBatches) -> DataLoader:
+    def _eval_loader(self, dataset: SplitDataset | StreamDataset) -> DataLoader:
         places = {"size": len(dataset), "batch_size": 2 * self.batch_size, **self._rank()}
-        if isinstance(dataset, StreamBatches):
+        if isinstance(dataset, StreamDataset):
             return self._loader(dataset, StreamOrder(**places, workers=self.workers, position=lambda: (0, 0)))
         dataset = self.near(dataset)
         return self._loader(dataset, EvalOrder(**places, device=dataset.device))
@@ -402,7 +388,7 @@ class ImageDataModule(LightningDataModule):
             {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {"rank": 0, "world_size": 1}
         )
 
-    def _loader(self, dataset: SplitDataset | StreamBatches, order: Sampler) -> DataLoader:
+    def _loader(self, dataset: SplitDataset | StreamDataset, order: Sampler) -> DataLoader:
         in_memory = isinstance(dataset, SplitDataset) and isinstance(dataset.split.images, Tensor)
         workers = 0 if in_memory else self.workers
         on_device = isinstance(dataset, SplitDataset) and dataset.device.type != "cpu"

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,7 +36,7 @@ class StoredImages(ImageFiles):
         fingerprint: Of what ``get`` gives.
     """
 
-    get: Callable[[int], BytesIO | Image.Image]
+    get: Callable[[int], BytesIO | Image.Image]  # worker processes can be sent it
     fingerprint: str
 
     def path(self, index: int) -> str:
@@ -168,18 +169,12 @@ def hub_shards(name: str, rows: Any, image: str, label: str, fingerprint: str, c
 def hub_images(name: str, rows: Any, image: str, label: str, fingerprint: str) -> Stored:
     """A split that was downloaded, by row number."""
     labels = torch.tensor([known(number) for number in rows[label][:]])
-    return RowImage(rows, image), labels, f"{name} {fingerprint}"
+    return partial(row_image, rows, image), labels, f"{name} {fingerprint}"
 
 
-@dataclass(frozen=True)
-class RowImage:
-    """The stored image file of a row: a function that worker processes can be sent."""
-
-    rows: Any
-    image: str
-
-    def __call__(self, index: int) -> BytesIO:
-        return BytesIO(encoded(self.rows[index][self.image]))
+def row_image(rows: Any, image: str, index: int) -> BytesIO:
+    """The stored image file of a row."""
+    return BytesIO(encoded(rows[index][image]))
 
 
 # ---- TensorFlow Datasets --------------------------------------------------------------------------------------------
@@ -206,7 +201,7 @@ def load_tfds(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored]
     splits: dict[str, Stored] = {}
     for split, (lengths, labels) in stored["splits"].items():
         file = str(index.with_suffix(f".{split}"))
-        image = StretchImage(file, np.cumsum([0, *lengths]))
+        image = partial(stretch, file, np.cumsum([0, *lengths]))
         splits[split] = image, torch.tensor(labels, dtype=torch.int64), file
     return tuple(stored["class_names"]), splits
 
@@ -265,23 +260,12 @@ def copy_tfds(name: str, root: Path) -> None:
     write_atomically(index, [json.dumps(content).encode()])
 
 
-@dataclass(frozen=True)
-class StretchImage:
-    """The image file that is a stretch of a larger file: a function that worker processes can be sent.
-
-    Args:
-        file: Path of the larger file.
-        edges: Where in it images begin and end, in bytes (N + 1,).
-    """
-
-    file: str
-    edges: np.ndarray
-
-    def __call__(self, index: int) -> BytesIO:
-        start, stop = self.edges[index : index + 2].tolist()
-        with open(self.file, "rb") as file:
-            file.seek(start)
-            return BytesIO(file.read(stop - start))
+def stretch(file: str, edges: np.ndarray, index: int) -> BytesIO:
+    """The image file that is a stretch of a larger one: from one of these edges, in bytes, to the next."""
+    start, stop = edges[index : index + 2].tolist()
+    with open(file, "rb") as whole:
+        whole.seek(start)
+        return BytesIO(whole.read(stop - start))
 
 
 # ---- torchvision ----------------------------------------------------------------------------------------------------
@@ -311,15 +295,11 @@ def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored
     often = Counter(names)  # of ImageNet two are called crane
     class_names = tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
     return class_names, {
-        split: (ItemImage(part), labels[split], f"torch/{name} {split} {len(part)}") for split, part in found.items()
+        split: (partial(item_image, part), labels[split], f"torch/{name} {split} {len(part)}")
+        for split, part in found.items()
     }
 
 
-@dataclass(frozen=True)
-class ItemImage:
-    """The image of a (image, label) pair: a function that worker processes can be sent."""
-
-    items: Any
-
-    def __call__(self, index: int) -> Image.Image:
-        return self.items[index][0]
+def item_image(items: Any, index: int) -> Image.Image:
+    """The image of a pair (image, label)."""
+    return items[index][0]

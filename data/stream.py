@@ -157,6 +157,13 @@ class StreamDraw(NamedTuple):
     stop: int
 
 
+class Batch(NamedTuple):
+    images: Tensor  # (B, C, H, W) uint8; normalised floats after the transfer to the device
+    labels: Tensor  # (B,) int64; with mixup or cutmix (B, classes) shares after the transfer
+    indices: Tensor  # (B,) int64, views: image + turn * images in the split
+    epoch: int
+
+
 class StreamOrder(Sampler[StreamDraw]):
     """Batches of one rank, as many on every rank, in all each sample once; sizes differ by one at most.
 
@@ -225,15 +232,15 @@ class StreamDataset(Dataset):
     def __len__(self) -> int:
         return len(self.stream)
 
-    def __getitem__(self, draw: StreamDraw) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Images uint8 (B, C, H, W), labels and indices int64 (B,), and the epoch."""
+    def __getitem__(self, draw: StreamDraw) -> Batch:
         if self._next is None or (draw.epoch, draw.stretch, draw.start) != self._next[:3]:  # a new epoch, or a restart
             self._samples = islice(self.samples(draw.epoch, *draw.stretch), draw.start - draw.stretch[0], None)
         samples = list(islice(self._samples, draw.stop - draw.start))
         self._next = StreamDraw(draw.epoch, draw.stretch, draw.stop, draw.stop)
         samples, images = self.stream.decode(samples)
-        labels, indices = ([getattr(sample, name) for sample in samples] for name in ("label", "index"))
-        return images, torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64), draw.epoch
+        numbers = [[sample.label, sample.index] for sample in samples]
+        labels, indices = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).unbind(1)
+        return Batch(images, labels, indices, draw.epoch)
 
     def samples(self, epoch: int, start: int, stop: int) -> Iterator[Sample]:
         """A stretch of an epoch's row, shuffled."""

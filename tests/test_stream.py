@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import train
-from data.datamodule import ImageDataModule, StreamBatches
+from data.datamodule import ImageDataModule
 from data.hub import HubShards, load_torch
 from data.hub import encoded as hub_file
 from data.sources import DataError, load_source
@@ -94,7 +94,7 @@ def seen(folder: Path, *, epoch: int = 0, world_size: int = 2, workers: int = 2,
     """Indices of each batch of each rank, read by real worker processes."""
     found = []
     for rank in range(world_size):
-        dataset = StreamBatches(stream(folder), seed=seed, buffer=6)
+        dataset = StreamDataset(stream(folder), seed=seed, buffer=6)
         batches = order(len(dataset), rank=rank, world_size=world_size, workers=workers, position=(epoch, skip))
         loader = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers)
         found.append([batch.indices.tolist() for batch in loader])
@@ -595,7 +595,7 @@ def test_splits_whose_labels_are_secret_are_left_out(hub, options, secret):
     assert len(source.train.labels) == 34
     source = load_source(f"hfids/{hub}", **options)
     with pytest.raises(DataError, match="class number -1, but there are 3 classes"):
-        StreamBatches(source.test)[StreamDraw(0, (0, 4), 0, 4)]
+        StreamDataset(source.test)[StreamDraw(0, (0, 4), 0, 4)]
 
 
 def test_missing_hub_set_is_one_line(tmp_path, options, monkeypatch):
