@@ -131,7 +131,7 @@ class EvalOrder(Sampler[Draw]):
     def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int, device: torch.device = CPU):
         count = max(1, -(-size // (world_size * batch_size)))
         chunks = torch.arange(size, device=device)[rank::world_size].split(batch_size)
-        self.chunks = chunks + chunks[0][:0].split(1) * (count - len(chunks))
+        self.chunks = (*chunks, *[chunks[0][:0]] * (count - len(chunks)))
 
     def __len__(self) -> int:
         return len(self.chunks)
