@@ -509,7 +509,7 @@ def test_classes_of_different_size(tmp_path, capfd):
 
 def test_a_table_too_large_is_said_not_to_be_made(fitted, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(vit.classifier, "MOST_TABLED", 9)
-    shutil.copytree(fitted, tmp_path / "run")
+    shutil.copytree(fitted, tmp_path / "run", ignore=shutil.ignore_patterns("test"))
     assert run("test", tmp_path / "run", "--ckpt_path=best") == 0
     assert "no table of the classes, and no confusion.csv: 10 classes are more than" in capfd.readouterr().out
     assert not (tmp_path / "run" / "test" / "confusion.csv").exists()

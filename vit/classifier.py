@@ -277,7 +277,8 @@ class ViTClassifier(LightningModule):
         """A run that goes on does so with today's settings: the optimiser's state brought back its checkpoint's."""
         trainer: Any = self.trainer
         steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)  # an epoch
-        done, before = self.global_step - trainer.current_epoch * steps, self.steps_an_epoch
+        done = self.global_step - trainer.current_epoch * steps
+        before = self.steps_an_epoch if self.resumed else None
         if not 0 <= done <= steps or before not in (None, steps):  # the learning rate would end too early, or never
             raise ValueError(
                 f"step {self.global_step} of epoch {trainer.current_epoch} cannot go on with epochs of {steps} steps: "
