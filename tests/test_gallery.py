@@ -180,3 +180,12 @@ def test_a_run_without_images_writes_nothing(predictor, tmp_path):
     gallery.flush(end=True)
     assert not Path(tmp_path / "r.html").exists()
     assert not Path(tmp_path / "maps").exists()
+
+
+def test_a_folder_in_which_no_page_can_grow_is_known_at_once(predictor, tmp_path, monkeypatch):
+    """Though the page of before may be written itself."""
+    (report := tmp_path / "report.html").write_text("before")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(OutputError, match=r"report\.html: Permission denied"):
+        Gallery(predictor, method="rollout", folder=None, report=str(report))
+    assert report.read_text() == "before"

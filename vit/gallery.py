@@ -116,6 +116,7 @@ class Gallery:
         if report:
             with _named(report):
                 _try(report)
+                _try_folder(Path(os.path.realpath(report)).parent)  # the page grows in it, under another name
         if folder:
             with _named(folder):
                 _try_folder(Path(folder))

@@ -202,7 +202,8 @@ def where(options: argparse.Namespace) -> str:
     if options.out is None:
         return ""
     hint = "; --resume goes on" if resumable(options) else ""
-    return f"; the records so far are in {options.out}.partial{hint}"
+    out = os.path.realpath(options.out) if os.path.islink(options.out) else options.out
+    return f"; the records so far are in {out}.partial{hint}"
 
 
 def resumable(options: argparse.Namespace) -> bool:
