@@ -8,6 +8,7 @@ test images are not looked at.
 
 import argparse
 import csv
+import json
 import os
 import shlex
 import statistics
@@ -21,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import record
+from benchmarks.record import RESULTS, record
 
 CONFIG = "configs/cifar10_cpu.yaml"
 EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("CIFAR10_JPEG", "cifar10"), help="cifar10, or a folder of it")
     parser.add_argument("--steps", type=int, default=702, help="of the base run; 351 are an epoch")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, at least one")
+    parser.add_argument("--go-on", action="store_true", help="add to the seeds that the result file has, till --seeds")
     parser.add_argument("--only", metavar="NAME", nargs="+", choices=CHANGES, help="these alone")
     parser.add_argument("--name", default="ablation", help="of the result file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a thread each")
@@ -96,7 +98,13 @@ def main() -> None:
     names = args.only or list(CHANGES)
     rows: list[dict[str, Any]] = [{"what": name, "accuracy": 0.0, "seeds": [], "core_minutes": []} for name in names]
     facts = {"config": CONFIG, "steps": args.steps, "base": BASE, "images": 5000, "data": os.path.basename(args.data)}
-    for seed in range(args.seeds):
+    path = RESULTS / f"{args.name}.json"
+    if args.go_on:
+        before = json.loads(path.read_text())
+        if {key: before[key] for key in facts} != facts or [row["what"] for row in before["rows"]] != names:
+            parser.error(f"{path} is of other runs than these: leave out --go-on, or name another file with --name")
+        rows = before["rows"]
+    for seed in range(len(rows[0]["seeds"]), args.seeds):
         with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
             runs = [
                 pool.submit(fit, Path(scratch, str(i)), name, args.data, args.steps, seed)
