@@ -46,8 +46,8 @@ from torchvision.transforms import v2
 
 from benchmarks.record import record
 from data.datamodule import Batch, ImageDataModule
-from train import TrainCLI
 from vit.classifier import ViTClassifier
+from vit.cli import TrainCLI
 from vit.info import flops
 from vit.memory import keep_freed_memory
 from vit.optim import build_optimizer

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from PIL import Image
 
 import predict
-from train import TrainCLI
+from vit.cli import TrainCLI
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -25,6 +25,7 @@ from PIL import Image
 import data.cache
 import train
 import vit.classifier
+import vit.cli
 from data.sources import Split, load_digits
 from vit import Predictor
 from vit.checkpoint import load_checkpoint, save_checkpoint
@@ -390,7 +391,7 @@ def test_the_last_step_is_validated(accumulate, tmp_path, capfd):
 
 
 def test_a_machine_without_bfloat16_trains_in_float32(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(vit.cli, "has_bfloat16", lambda device: False)
     assert run("fit", tmp_path, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed") == 0
     assert "training in float32: this cpu has no fast bfloat16" in capfd.readouterr().err
     assert load_checkpoint(tmp_path / "model.safetensors")[1].training["precision"] == "32-true"
@@ -553,14 +554,6 @@ def test_a_dry_run_leaves_the_run_in_its_folder_alone(fitted, tmp_path):
     assert {name: (root / name).read_bytes() for name in before} == before
 
 
-def test_one_run_in_a_folder(tmp_path):
-    code = "import sys, train\nwith train.locked(train.Path(sys.argv[1])): pass"
-    with train.locked(tmp_path):
-        other = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert f"{tmp_path}: another run trains here; " in other.stderr
-    assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT).returncode == 0
-
-
 @pytest.mark.parametrize("option", ["--trainer.limit_val_batches=0", "--data.val_fraction=0"])
 def test_a_run_without_validation_keeps_its_last_weights(option, tmp_path, capfd):
     """And says nothing about how good they are: no image is left to measure that on."""
@@ -582,7 +575,7 @@ def test_part_of_the_batches_is_an_epoch(tmp_path):
 
 def test_a_run_that_was_copied_keeps_its_best_and_leaves_the_other_alone(tmp_path, monkeypatch):
     """The largest loss, which is that of the first epoch, stays the best in the copy too."""
-    monkeypatch.setitem(train.MEASURED, "val/loss", "max")  # else refused
+    monkeypatch.setitem(vit.cli.MEASURED, "val/loss", "max")  # else refused
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("fit", one, "--trainer.max_epochs=2", "--checkpoint.mode=max") == 0
     best = weights(one / "best.ckpt")
@@ -646,21 +639,11 @@ def test_home_is_the_user_s(tmp_path, monkeypatch):
     assert not Path("~").exists()
 
 
-def test_what_is_not_a_run_s_stays_in_its_place(tmp_path, capfd):
-    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+def test_a_config_of_no_run_is_not_overwritten(tmp_path, capfd):
     (tmp_path / "config.yaml").write_text("mine: 1")
-    assert run("fit", tmp_path, *short) == 2
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1") == 2
     assert f"{tmp_path}/config.yaml: of no run, and would be overwritten" in capfd.readouterr().err
     assert (tmp_path / "config.yaml").read_text() == "mine: 1"
-    (tmp_path / "config.yaml").unlink()
-    (tmp_path / "test" / "cat").mkdir(parents=True)
-    (tmp_path / "test" / "cat" / "1.png").touch()
-    assert run("fit", tmp_path, *short) == 0
-    assert run("test", tmp_path, "--ckpt_path=best") == 0
-    assert run("fit", tmp_path, *short) == 0
-    assert [path.name for path in (tmp_path / "test").iterdir()] == ["cat"]
-    assert (tmp_path / "test" / "cat" / "1.png").exists()
-    assert {"metrics.csv", "confusion.csv"} <= {path.name for path in (tmp_path / "previous" / "test").iterdir()}
 
 
 def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, capfd):
@@ -675,7 +658,7 @@ def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, ca
 
 def test_a_run_goes_on_in_another_folder_and_what_was_there_is_put_aside(tmp_path, monkeypatch, capfd):
     """Its best comes along, and nothing of the run that was there is taken for it."""
-    monkeypatch.setitem(train.MEASURED, "val/loss", "max")  # that of the first epoch is the best, as above
+    monkeypatch.setitem(vit.cli.MEASURED, "val/loss", "max")  # that of the first epoch is the best, as above
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("fit", one, "--trainer.max_epochs=2", "--checkpoint.mode=max") == 0
     assert run("fit", two, "--trainer.max_epochs=1", "--checkpoint.mode=max", "--seed_everything=5") == 0
@@ -691,7 +674,7 @@ def test_a_run_goes_on_in_another_folder_and_what_was_there_is_put_aside(tmp_pat
 
 
 def test_checkpoints_of_one_s_own_do_not_become_the_best(tmp_path, monkeypatch):
-    monkeypatch.setitem(train.MEASURED, "val/loss", "max")
+    monkeypatch.setitem(vit.cli.MEASURED, "val/loss", "max")
     made = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, %s, dirpath: %s}}"
     own = [made % ("every_n_epochs: 1", tmp_path / "own"), made % ("monitor: val/loss, mode: max", tmp_path / "same")]
     options = ["--trainer.max_epochs=2", "--checkpoint.mode=max", f"--trainer.callbacks=[{', '.join(own)}]"]

@@ -1,9 +1,13 @@
-"""Configuration files, looked at before they are used: what is wrong in them is said with the file and the line."""
+"""Settings, in YAML files and on the command line: what is wrong is said in one line, with the file and its line."""
 
+import re
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 
 class ConfigError(ValueError):
@@ -51,3 +55,37 @@ def check_config(path: str | Path) -> None:
         raise ConfigError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: holds no settings, as 'model:' and below it '  lr: 0.001'")
+
+
+class Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line, with the option that was perhaps meant; the usual way is to print all options first."""
+        message = re.sub(r"(?<=required: )(fit|validate|test)\.", "--config FILE or --", message)
+        union = r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes(.*)Given value: (.*)'
+        if mistaken := re.search(union, message, re.S):  # whose text names types of Python, not what to write
+            name, types, value = mistaken.groups()
+            choices = sorted(set(re.findall(r"'([\w-]+)'", "".join(re.findall(r"Literal\[(.*?)\]", types)))))
+            forms = {"data.image_size": "224, or [224, 320] for height and width"}.get(name, ", ".join(choices))
+            message = f"{name} cannot be {value.strip()}" + (f"; give {forms}" if forms else "")
+        if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+            parser = getattr(ex, "subcommand_parser", self)
+            known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+            dashes = "--" if "arguments: --" in wrong[0] else ""
+            message += "".join(f"; did you mean {dashes}{name}?" for name in get_close_matches(wrong[1], known, n=1))
+        raise ValueError(message) from ex
+
+
+def configs(args: Any) -> list[str]:
+    """The files that follow ``--config``."""
+    words = [str(word) for word in args] if isinstance(args, list | tuple) else []
+    apart = [path for option, path in pairwise(words) if option in ("--config", "-c")]
+    return apart + [word.partition("=")[2] for word in words if word.startswith("--config=")]
+
+
+def mentioned(args: Any) -> set[str]:
+    """Names of the model's settings that the command or its files mention; parsing makes them one with the defaults."""
+    words = [str(word) for word in args] if isinstance(args, list | tuple) else []
+    files = (yaml.safe_load(Path(path).read_text()) for path in configs(args))
+    return {word[8:].partition("=")[0] for word in words if word.startswith("--model.")}.union(
+        *(file.get("model") or () for file in files if file)
+    )

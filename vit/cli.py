@@ -1,0 +1,348 @@
+"""The command line of training: LightningCLI with what every run of this project has."""
+
+import csv
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from inspect import signature
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from vit.checkpoint import load_checkpoint
+from vit.classifier import MOST_TABLED
+from vit.config import mentioned
+from vit.folder import RESULTS, locked, put_aside, put_back, refuse_foreign
+from vit.guard import Guard
+from vit.history import History
+from vit.model import VisionTransformer
+from vit.predictor import has_bfloat16
+from vit.progress import TrainingProgress, class_table
+from vit.saving import Best, CheckpointFile, keeper_of
+
+COMMANDS = {
+    "fit": "train, or go on where a run was stopped (--ckpt_path last)",
+    "validate": "measure a checkpoint on the validation images",
+    "test": "measure a checkpoint on the test images, class by class",
+}
+MEASURED = {  # what can be monitored, and which way it is better
+    **dict.fromkeys(("train/loss", "val/loss", "val/ece"), "min"),
+    **dict.fromkeys(("val/acc", "val/balanced_acc", "val/acc5"), "max"),
+}
+REFUSED = {  # callbacks of Lightning, and why
+    "StochasticWeightAveraging": "averages behind the last save; EMAWeightAveraging is kept in checkpoints",
+    "LearningRateFinder": "trains by a schedule of its own, which ours does not leave room for; try values of model.lr",
+}
+KEEPER = {"save_top_k": 1, "filename": "best"} | dict.fromkeys(  # what else would not keep the best alone
+    ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception", "save_last")
+)
+UNUSABLE = (ValueError, OSError, MisconfigurationException)  # a setting or a file
+ARCHITECTURE = set(signature(VisionTransformer).parameters)
+FACTS = ("class_names", "mean", "std", "image_size", "white")  # flow from the data to the model
+
+
+def several(value: Any) -> list[Any]:
+    """What Lightning takes as none, one or a list, as a list."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+class TrainCLI(LightningCLI):
+    """LightningCLI with what every run of this project has: facts linked, files in one folder, our progress bar."""
+
+    going_on: str | Path | None = None  # the checkpoint of a fit that goes on
+    aside: Path | None = None  # where the run is that was in the folder before this one
+    first_step = 0  # optimiser steps that were done before this process
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without ``predict``: that is what predict.py is for."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for action in cast(Any, parser)._subcommands_action._choices_actions:
+            action.help = COMMANDS[action.dest]  # Lightning's end in the middle of a sentence
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for fact in FACTS:
+            parser.link_arguments(f"data.{fact}", f"model.{fact}", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("model.compile", "data.compile")
+        parser.add_lightning_class_args(Best, "checkpoint")  # the best; before the guard saves its state
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
+        parser.add_lightning_class_args(Guard, "guard")
+        # --help is for people: one line instead of every option's name, and model and data before Lightning's trainer.
+        parser.usage = "%(prog)s --config FILE [--model.NAME VALUE] [--data.NAME VALUE] [--trainer.NAME VALUE] ..."
+        groups, names = cast(Any, parser._action_groups), cast(Any, parser.groups)
+        groups.sort(key=lambda group: group in (names["trainer"], names["checkpoint"]))
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/default",
+                "trainer.use_distributed_sampler": False,  # the data module shards: without padding, and resumable
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,  # TrainingProgress says it in two lines
+                "checkpoint.filename": "best",
+                "checkpoint.monitor": "val/acc",
+                "checkpoint.mode": "max",
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Of a pretrained model's architecture keep what was asked for, and no default that it may contradict."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
+        settings = self.config[subcommand] if subcommand else self.config
+        config, trainer = settings["model"], settings["trainer"]
+        trainer["default_root_dir"] = os.path.expanduser(trainer["default_root_dir"] or ".")
+        if config["pretrained"]:
+            leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a run that goes on needs what it once started from no more: all is in its checkpoint."""
+        model = self.config.get(str(self.subcommand), self.config)["model"]
+        start = model["pretrained"]
+        if start and self.going_on:
+            model["pretrained"] = str(self.going_on)
+        super().instantiate_classes()
+        if self.subcommand == "fit":
+            model["pretrained"] = self.model.pretrained = self.model.hparams["pretrained"] = start
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse an unusable checkpoint before anything is built; ``best`` is the run's, also in a later process.
+
+        For a measurement Lightning then takes the model's arguments from the file.
+        """
+        config = self.config[subcommand := self.config["subcommand"]]
+        root, path = Path(config["trainer"]["default_root_dir"]), config.get("ckpt_path")
+        if path == "best" or (path == "last" and subcommand != "fit"):
+            path = config["ckpt_path"] = str(root / f"{path}.ckpt")
+        elif path == "last" and (root / "last.ckpt").exists():
+            path = root / "last.ckpt"
+        if path is None and subcommand != "fit" and config["model"]["pretrained"] is None:
+            raise ValueError(f"{subcommand} needs trained weights: --ckpt_path best (or last, or FILE.ckpt)")
+        if path not in (None, "last"):
+            if Path(path).suffix != ".ckpt":
+                raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last")
+            load_checkpoint(path)
+            self.going_on = path if subcommand == "fit" else None
+        if subcommand != "fit":  # which has today's settings: those of the command
+            if path is not None:
+                leave_out(ARCHITECTURE, config["model"])  # older files lack some, whose defaults then hold
+            super()._parse_ckpt_path()
+            config = self.config[subcommand]
+            if path is not None and config["model"]["pretrained"]:  # that may be gone; all is in the checkpoint
+                config["model"]["pretrained"] = str(path)
+                leave_out(ARCHITECTURE, config["model"])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        root = Path(self.trainer.default_root_dir)
+        if self._writes(subcommand):
+            refuse_foreign(root)
+        with locked(root) if self._writes(subcommand) else nullcontext():
+            try:
+                super()._run_subcommand(subcommand)
+            except UNUSABLE:
+                if self.aside and self.trainer.global_step <= self.first_step:  # what was refused has not begun
+                    put_back(root, self.aside)
+                raise
+
+    def _writes(self, subcommand: str) -> bool:
+        """Whether this process is the one that puts a new state into the run's folder."""
+        return subcommand == "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False)
+
+    def before_validate(self) -> None:
+        """Refuse to measure what chance has made; measure pretrained weights as predict.py would use them."""
+        if self._get(self.config, "ckpt_path") is not None:
+            return
+        if any(note.startswith("head replaced") for note in self.model.adapted):
+            raise ValueError(f"{self.subcommand} needs trained weights: {self.model.pretrained} knows other classes")
+        self.datamodule.preprocess = self.model.measure_pretrained()
+
+    before_test = before_validate
+
+    def before_fit(self) -> None:
+        """One run in a folder: an earlier one is put aside, one that has ended is not started again by a loop."""
+        self._check_callbacks()
+        root = Path(self.trainer.default_root_dir)
+        if self.going_on is None:
+            self._begin(root)
+        else:
+            self._go_on(root, Path(self.going_on))
+
+    def _check_callbacks(self) -> None:
+        """Refuse what waits for a number that this data set does not give, or keeps other weights than it should."""
+        callbacks, keeper = cast(Any, self.trainer).callbacks, keeper_of(self.trainer)
+        averaged = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if averaged and keeper and keeper.save_weights_only:
+            raise ValueError("checkpoint.save_weights_only would keep the weights that are not averaged; leave it out")
+        data = self.datamodule
+        validated = self.trainer.limit_val_batches != 0 and (data.source.val is not None or data.val_fraction)
+        for callback in callbacks:
+            name, monitor = type(callback).__name__, getattr(callback, "monitor", None) or ""
+            if monitor == "val/acc5" and (classes := len(self.model.class_names)) <= 5:
+                raise ValueError(f"{name}: monitor val/acc5 is not measured of {classes} classes; give val/acc")
+            if monitor.startswith("val/") and not validated and callback is not keeper:
+                raise ValueError(f"{name}: monitor {monitor} is not measured: there is no validation")
+
+    def _begin(self, root: Path) -> None:
+        """Put an earlier run aside, unless the new one starts from its weights."""
+        start, results = self.model.pretrained, [(root / name).resolve() for name in RESULTS]
+        if start and Path(start).resolve() in results:
+            raise ValueError(
+                f"{start}: a new run in {root} moves it to {root / 'previous'}, and could not be gone on with; "
+                "take another --trainer.default_root_dir"
+            )
+        if self._writes("fit"):
+            self.datamodule.setup("fit")  # refuses what cannot be trained on while the earlier run is in its place
+            self.aside = put_aside(root)
+
+    def _go_on(self, root: Path, file: Path) -> None:
+        """Refuse a checkpoint that these settings cannot go on from; end at once where nothing is left to do."""
+        state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        if "optimizer_states" not in state:
+            raise ValueError(f"{file}: holds weights alone; start a new run from them with --model.pretrained {file}")
+        self.first_step = state["global_step"]
+        anew = f"a new run from its weights: --model.pretrained {file}"
+        try:
+            self.model.refuse_other(state["vit"])  # before this run's config.yaml takes the place of the other's
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}; {anew}") from None
+        for name in ("optimizer", "layer_decay", "freeze"):
+            before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
+            if before != now:
+                raise ValueError(f"{file}: trained with model.{name} {before}, which cannot become {now}; {anew}")
+        monitors = [re.match(r"(?:Best|ModelCheckpoint){'monitor': '?([\w/]+)", key) for key in state["callbacks"]]
+        chosen, keeper = [match[1] for match in monitors if match], keeper_of(self.trainer)
+        if keeper and chosen and str(keeper.monitor) not in chosen:  # Lightning would forget the best
+            words = f"checkpoint.monitor {chosen[-1]}, which cannot become {keeper.monitor}"
+            raise ValueError(f"{file}: trained with {words}; {anew}")
+        self._refuse_finished(root, file, state)
+        if file.parent.resolve() != root.resolve() and self._writes("fit"):  # another folder's run goes on here
+            self.aside = put_aside(root)
+            if (best := file.parent / "best.ckpt").is_file():
+                shutil.copyfile(best, root / "best.ckpt")
+
+    def _refuse_finished(self, root: Path, file: Path, state: dict[str, Any]) -> None:
+        """Leave in peace where ``last`` has reached its end and is exported; refuse where no step would be left."""
+        limits, exported = [self.trainer.max_epochs, self.trainer.max_steps], root / "model.safetensors"
+        finished = self._get(self.config, "ckpt_path") == "last" and state["callbacks"]["Guard"]["done"] == limits
+        if finished and exported.exists() and exported.stat().st_mtime >= file.stat().st_mtime:
+            words = f"this run is finished, {state['global_step']:,} steps; nothing was changed"
+            print(f"{root}: {words}. Longer: --trainer.max_epochs", file=sys.stderr)
+            sys.exit(0)
+        epochs = state["epoch"] + state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+        for what, limit, done in (("epochs", limits[0], epochs), ("steps", limits[1], self.first_step)):
+            if limit not in (None, -1) and limit <= done and not finished:
+                raise ValueError(
+                    f"{file}: nothing is left to train, {done} of {limit} {what} are done. Longer: "
+                    f"--trainer.max_{what}; a new run from its weights: --model.pretrained {file}"
+                )
+
+    def after_test(self) -> None:
+        """How well each class is told: a table, and the whole matrix in a file."""
+        confusion, names = self.model.confusion, self.model.class_names
+        if not self.trainer.is_global_zero:
+            return
+        if confusion is None:
+            print(
+                f"no table of the classes, and no confusion.csv: {len(names):,} classes are more than {MOST_TABLED:,}"
+            )
+            return
+        Console().print(class_table(confusion, names))
+        path = Path(self.trainer.default_root_dir, "test", "confusion.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", errors="surrogateescape") as file:
+            rows = csv.writer(file)
+            rows.writerow(["of the class", *(f"named {name}" for name in names)])
+            rows.writerows([name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True))
+        print(f"all of them, what was taken for what: {path}")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what Lightning takes and our runs cannot do."""
+        config = self._get(self.config, "trainer")
+        for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
+            if config[name] == 0:
+                raise ValueError(f"trainer.{name} must be above 0")
+        for part, of in {"model": (self.model_class, VisionTransformer), "data": (self.datamodule_class,)}.items():
+            given = self._get(self.config, part)
+            for name, setting in chain.from_iterable(signature(each).parameters.items() for each in of):
+                if name not in FACTS and setting.default is not None and given.get(name, setting) is None:
+                    raise ValueError(f"{part}.{name} cannot be null; leave it out for its default")
+        if config["max_steps"] is None:
+            raise ValueError("trainer.max_steps cannot be null; -1 is no limit")
+        if config["max_epochs"] == 0 or config["max_steps"] == 0:
+            raise ValueError("trainer.max_epochs and max_steps must be above 0; `validate` and `test` measure")
+        if config["overfit_batches"]:
+            raise ValueError("trainer.overfit_batches is not supported; try --trainer.limit_train_batches")
+        if str(precision := config["precision"]) in ("16-true", "bf16-true", "64", "64-true"):
+            raise ValueError(
+                f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
+            )
+        balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
+        if balance and monitor == "val/acc":  # which the small classes hardly move
+            self.config[str(self.subcommand)]["checkpoint"]["monitor"] = "val/balanced_acc"
+        if self.subcommand == "fit":
+            for name, value in KEEPER.items():
+                if (given := self._get(self.config, f"checkpoint.{name}") or None) != value:
+                    raise ValueError(
+                        f"checkpoint.{name} {given}: leave it out, there is one best.ckpt, of the best validation "
+                        "(a ModelCheckpoint in trainer.callbacks keeps others beside it)"
+                    )
+            check_monitor("checkpoint", self._get(self.config, "checkpoint"))
+            for callback in several(config["callbacks"]):
+                name = callback["class_path"].rpartition(".")[2]
+                if name in REFUSED:
+                    raise ValueError(f"{name} {REFUSED[name]}")
+                check_monitor(name, callback.get("init_args") or {})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self._get(self.config, "trainer")
+        given = self._get(self.config_init, "trainer")
+        device = torch.device("cuda" if torch.cuda.is_available() and config["accelerator"] != "cpu" else "cpu")
+        if config["accelerator"] == "auto":
+            kwargs["accelerator"] = device.type  # not a Mac's mps, which was never tried here and lacks float64
+        if config["precision"] == "bf16-mixed" and not has_bfloat16(device):
+            kwargs["precision"] = "32-true"
+            if rank_zero_only.rank == 0:
+                print(f"training in float32: this {device.type} has no fast bfloat16", file=sys.stderr)
+        kwargs["plugins"] = [*several(given["plugins"]), CheckpointFile()]
+        if config["logger"] is None:
+            root, part = config["default_root_dir"], "" if self.subcommand == "fit" else str(self.subcommand)
+            kwargs["logger"] = [History(Path(root, part)), TensorBoardLogger(root, name="", version=part)]
+        if config["enable_progress_bar"] is not False:
+            kwargs["callbacks"] = [*several(given["callbacks"]), TrainingProgress()]
+        return super().instantiate_trainer(**kwargs)
+
+
+def leave_out(names: Iterable[str], config: Any) -> None:
+    """Take keys out of a configuration."""
+    for name in names:
+        config.pop(name, None)
+
+
+def check_monitor(name: str, options: Any) -> None:
+    """Refuse to wait for a number that never comes, or to take the worst for the best.
+
+    Args:
+        name: Of the callback, for the message.
+        options: Its arguments.
+    """
+    monitor, mode = options.get("monitor"), options.get("mode")
+    if monitor is None:
+        return
+    if monitor not in MEASURED:
+        raise ValueError(f"{name}: monitor {monitor} is not measured; give one of {', '.join(MEASURED)}")
+    if mode not in (None, MEASURED[monitor]):
+        raise ValueError(f"{name}: mode {mode} takes the worst {monitor} for the best; give mode {MEASURED[monitor]}")
