@@ -1,7 +1,6 @@
 """Images of one data set, in batches: uint8 up to the device, normalised and augmented there."""
 
 import hashlib
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ from data.augment import DRAWS, Augment, epoch_key, uniform
 from data.cache import OnBad, say_once
 from data.sources import DataError, Source, Split, Stream, load_source, stratified_split
 from data.stream import Batch, StreamDataset, StreamOrder, even
-from vit.preprocess import Preprocess
+from vit.preprocess import Preprocess, usable_cores
 
 CPU = torch.device("cpu")
 MOST_WORKERS = 32  # processes that decode; more only take memory
@@ -143,11 +142,6 @@ class EvalOrder(Sampler[Draw]):
 def batches(split: Split | Stream) -> SplitDataset | StreamDataset:
     """A split in its own order."""
     return StreamDataset(split) if isinstance(split, Stream) else SplitDataset(split)
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def home(device: torch.device, size: int, free: int) -> torch.device:

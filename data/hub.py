@@ -84,11 +84,14 @@ class HubShards:
     lengths: tuple[int, ...] = field(repr=False)
     fingerprint: str = field(repr=False)
 
+    def called(self, shard: int) -> str:
+        return f"{self.name}, shard {shard}"
+
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
         # Row by row, but not by ``iter(rows)``: in a worker process that would share the rows out once more.
         for place, row in enumerate(rows.iter(batch_size=1), start):
-            name = f"{self.name}, shard {shard}, row {place}"
+            name = f"{self.called(shard)}, row {place}"
             try:
                 image = encoded(row[self.image][0])
             except Exception as error:  # of whichever file system it is on

@@ -61,6 +61,10 @@ class Shards(Protocol):
         """Of what ``read`` gives: another one when the files change."""
         ...
 
+    def called(self, shard: int) -> str:
+        """A shard, for messages."""
+        ...
+
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         """Name, encoded image and class number of samples ``start`` to ``stop`` of a shard, in order."""
         ...
@@ -123,7 +127,8 @@ class Stream:
             for index, found in enumerate(self.shards.read(shard, first, last) if first < last else (), first + 1):
                 yield Sample(firsts[shard] + index - 1, *found)
             if index < last:
-                raise DataError(f"shard {shard} ends after {index} samples, not {lengths[shard]}: has it changed?")
+                where = self.shards.called(shard)
+                raise DataError(f"{where} ends after {index} samples, not {lengths[shard]}: has it changed?")
 
     def decode(self, samples: Iterable[Sample]) -> tuple[list[Sample], Tensor]:
         """Those samples that can be read, and their pixels, uint8 (B, C, H, W).
@@ -284,6 +289,9 @@ class TarShards:
     @property
     def fingerprint(self) -> str:
         return repr(states(self.files))
+
+    def called(self, shard: int) -> str:
+        return self.files[shard]
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[str, bytes, int]]:
         path = self.files[shard]

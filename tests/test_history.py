@@ -61,9 +61,9 @@ def test_row_logged_twice_is_there_once(first, tmp_path):
     assert [row["train/loss"] for row in rows(tmp_path)][-2:] == ["", "1.5"]
 
 
-@pytest.mark.parametrize("end", ["6", "6,1.5,0.", "x\n"])
+@pytest.mark.parametrize("end", ["6", "6,1.5,0.", "x\n", "5,1,2,3\n"])
 def test_half_a_row_is_forgotten(first, tmp_path, end):
-    """Of a machine that lost power; columns are step, train/loss and val/acc."""
+    """Of a machine that lost power, or two in one; columns are step, train/loss and val/acc."""
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write(end)
     second = History(tmp_path)

@@ -511,6 +511,8 @@ def test_classes_of_different_size(tmp_path, capfd):
 def test_a_table_too_large_is_said_not_to_be_made(fitted, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(vit.classifier, "MOST_TABLED", 9)
     shutil.copytree(fitted, tmp_path / "run", ignore=shutil.ignore_patterns("test"))
+    (tmp_path / "run" / "test").mkdir()
+    (tmp_path / "run" / "test" / "confusion.csv").write_text("of an earlier test")
     assert run("test", tmp_path / "run", "--ckpt_path=best") == 0
     assert "no table of the classes, and no confusion.csv: 10 classes are more than" in capfd.readouterr().out
     assert not (tmp_path / "run" / "test" / "confusion.csv").exists()
@@ -812,6 +814,13 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "nothing to stop by": (
             ["--data.val_fraction=0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"],
             "EarlyStopping: monitor val/loss is not measured: there is no validation",
+        ),
+        "stopped where nothing is measured": (
+            [
+                *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"),
+                *("--trainer.callbacks.check_on_train_epoch_end=true", "--trainer.check_val_every_n_epoch=2"),
+            ],
+            "EarlyStopping: check_on_train_epoch_end looks for val/loss after each epoch, and with",
         ),
         "finder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder trains by a schedule of its own"),
         "no batches": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches must be above 0"),

@@ -195,6 +195,12 @@ class TrainCLI(LightningCLI):
                 raise ValueError(f"{name}: monitor val/acc5 is not measured of {classes} classes; give val/acc")
             if monitor.startswith("val/") and not validated and callback is not keeper:
                 raise ValueError(f"{name}: monitor {monitor} is not measured: there is no validation")
+            every, at_end = self.trainer.check_val_every_n_epoch, getattr(callback, "_check_on_train_epoch_end", None)
+            if monitor.startswith("val/") and at_end and every != 1:
+                raise ValueError(
+                    f"{name}: check_on_train_epoch_end looks for {monitor} after each epoch, and with "
+                    f"trainer.check_val_every_n_epoch {every} not each is validated; leave it out"
+                )
 
     def _begin(self, root: Path) -> None:
         """Put an earlier run aside, unless the new one starts from its weights."""
@@ -255,13 +261,14 @@ class TrainCLI(LightningCLI):
         confusion, names = self.model.confusion, self.model.class_names
         if not self.trainer.is_global_zero:
             return
+        path = Path(self.trainer.default_root_dir, "test", "confusion.csv")
         if confusion is None:
+            path.unlink(missing_ok=True)  # of an earlier test
             print(
                 f"no table of the classes, and no confusion.csv: {len(names):,} classes are more than {MOST_TABLED:,}"
             )
             return
         Console().print(class_table(confusion, names))
-        path = Path(self.trainer.default_root_dir, "test", "confusion.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", errors="surrogateescape") as file:
             rows = csv.writer(file)

@@ -52,7 +52,8 @@ class History(Logger):
         except OSError:
             lines = []
         found = csv.DictReader(line for line in lines if line.endswith("\n"))  # half a row if the power was lost
-        self.rows = [row for row in found if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+        whole = (row for row in found if None not in row)  # a name for each cell
+        self.rows = [row for row in whole if (row.get("step") or "").isdigit() and int(row["step"]) < step]
         self._write()
 
     @rank_zero_only

@@ -22,7 +22,7 @@ from torch import Tensor
 from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
-from vit.preprocess import ImageError, open_image, reason, turn
+from vit.preprocess import ImageError, open_image, reason, turn, usable_cores
 
 File = str | Path | IO[bytes] | Image.Image
 Source = File | np.ndarray
@@ -340,7 +340,7 @@ class Predictor:
             score_maps: Measure how far those of the first method can be trusted; 34 more passes an image.
             workers: Threads that decode; none for one that suits the machine.
         """
-        pool = ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(workers or min(32, usable_cores()), thread_name_prefix="decode")
         waiting: deque[tuple[Sequence[Source | Unreadable], list[Future[Tensor | ImageError]]]] = deque()
         given, failure = iter(batches), None  # failure: what ended them before their end
         try:

@@ -312,3 +312,8 @@ class Preprocess:
             torch.tensor(n, dtype=torch.float32).view(-1, 1, 1).to(images.device, non_blocking=True) for n in numbers
         )
         return (images.float() / 255 - mean) / std
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
