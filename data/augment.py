@@ -237,7 +237,7 @@ def _solarize(images: Tensor, strength: Tensor) -> Tensor:
 
 def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (images - low) * (255 / (high - low).clamp(min=1)), images)
+    return torch.where(high > low, (images - low) * (255 / (high - low)), images)
 
 
 LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

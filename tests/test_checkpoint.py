@@ -343,6 +343,8 @@ HUGE, BEYOND = 10**6, 10**18
         *({"embed_dim": value} for value in (0, -16, 16.5, "16", None, [16], {}, True, float("nan"), float("inf"))),
         *({"image_size": value} for value in (0, [], [8], [[8]], "8", None, -8)),
         *({"depth": value} for value in (0, 1, 3, None, "2", 2.5)),
+        {"num_heads": 2.0},
+        {"num_registers": 0.0},
         {"pool": "max"},
         {"pool": []},
         {"layers": 3},

@@ -363,7 +363,7 @@ def test_checkpoint_is_tensors_and_plain_data(saved):
     raw = torch.load(saved[1], weights_only=True)
     assert plain(raw["vit"])
     assert plain(dict(raw["hyper_parameters"]))
-    assert json.loads(json.dumps(raw["vit"])) == json.loads(json.dumps(raw["vit"], allow_nan=False))
+    json.dumps(raw["vit"], allow_nan=False)
     assert raw["hyper_parameters"]["embed_dim"] == 16
 
 

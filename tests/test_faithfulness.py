@@ -127,9 +127,9 @@ def test_ends_are_the_image_and_the_blank(remove):
         return torch.zeros(len(images), 2)
 
     images = torch.randn(1, 3, 8, 12)
-    deletion_curve(model, images, torch.rand(1, ROWS, COLUMNS), target=torch.tensor([0]), remove=remove)
+    deletion_curve(model, images, torch.rand(1, ROWS, 2 * COLUMNS), target=torch.tensor([0]), remove=remove)
     assert torch.equal(seen[0][0], images[0])
-    torch.testing.assert_close(seen[0][-1], blank(images, remove, (PATCH, PATCH))[0])
+    torch.testing.assert_close(seen[0][-1], blank(images, remove, (PATCH, PATCH // 2))[0])  # patches need not be square
     mixed = (seen[0] == images) | (seen[0] == seen[0][-1])
     assert mixed.all()  # every pixel is of one or of the other
 

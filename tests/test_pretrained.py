@@ -2,14 +2,16 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import save_for_hf
@@ -20,7 +22,7 @@ from vit import Predictor
 from vit.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
-from vit.pretrained import from_timm, labels_of, load_pretrained, start_from
+from vit.pretrained import _read, from_timm, labels_of, load_pretrained, start_from
 
 ROOT = Path(__file__).parent.parent
 COVERAGE = json.loads((ROOT / "benchmarks" / "results" / "timm_coverage.json").read_text())
@@ -61,6 +63,39 @@ def test_coverage_is_as_wide_as_we_say():
 def test_others_are_refused_with_the_reason(reason):
     cheapest = min(COVERAGE["refused"][reason], key=lambda name: ("giant" in name or "huge" in name, len(name)))
     assert refusal(cheapest) == reason
+
+
+def google_arrays(model: Any) -> dict[str, np.ndarray]:
+    """A timm model's weights by the names and shapes of Google's JAX files."""
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    heads = model.blocks[0].attn.num_heads
+    arrays = {
+        "cls": weights["cls_token"],
+        "embedding/kernel": weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": weights["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": weights["pos_embed"],
+        "Transformer/encoder_norm/scale": weights["norm.weight"],
+        "Transformer/encoder_norm/bias": weights["norm.bias"],
+        "head/kernel": weights["head.weight"].T,
+        "head/bias": weights["head.bias"],
+    }
+    for i in range(len(model.blocks)):
+        block, place = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
+        attention = f"{place}MultiHeadDotProductAttention_1/"
+        for number, name in enumerate(("query", "key", "value")):
+            kernel = np.split(weights[f"{block}attn.qkv.weight"], 3)[number].T
+            arrays[f"{attention}{name}/kernel"] = kernel.reshape(len(kernel), heads, -1)
+            arrays[f"{attention}{name}/bias"] = np.split(weights[f"{block}attn.qkv.bias"], 3)[number].reshape(heads, -1)
+        kernel = weights[f"{block}attn.proj.weight"].T
+        arrays[f"{attention}out/kernel"] = kernel.reshape(heads, -1, kernel.shape[1])
+        arrays[f"{attention}out/bias"] = weights[f"{block}attn.proj.bias"]
+        for number, name in ((0, "LayerNorm_0"), (1, "LayerNorm_2")):
+            arrays[f"{place}{name}/scale"] = weights[f"{block}norm{number + 1}.weight"]
+            arrays[f"{place}{name}/bias"] = weights[f"{block}norm{number + 1}.bias"]
+            dense = f"{place}MlpBlock_3/Dense_{number}/"
+            arrays[f"{dense}kernel"] = weights[f"{block}mlp.fc{number + 1}.weight"].T
+            arrays[f"{dense}bias"] = weights[f"{block}mlp.fc{number + 1}.bias"]
+    return arrays
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -116,6 +151,64 @@ def test_no_weight_is_missing_or_left_over_silently(tmp_path):
     save_file({name: tensor for name, tensor in weights.items() if name != "blocks.0.norm1.weight"}, file)
     with pytest.raises(CheckpointError, match=r"cannot be loaded \(.*Missing key.*blocks\.0\.norm1\.weight"):
         load_pretrained(f"test_vit={file}")
+
+
+def test_what_timm_loads_laxly_is_strict_here(tmp_path):
+    """SigLIP's files bring a pooling that a mean does not need, for which timm lets everything pass."""
+    name, file = "vit_base_patch16_siglip_gap_224", tmp_path / "weights.safetensors"
+    theirs = timm.create_model(name, depth=2, embed_dim=64, num_heads=2).eval()
+    weights = {**theirs.state_dict(), "attn_pool.latent": torch.zeros(1, 1, 64)}
+
+    def loaded(weights: dict[str, Tensor]) -> VisionTransformer:
+        save_file(weights, file)
+        create = partial(timm.create_model, name, depth=2, embed_dim=64, num_heads=2)
+        return _read(name, create, file=str(file))[0]
+
+    assert torch.equal(loaded(weights).state_dict()["blocks.1.mlp.fc1.weight"], weights["blocks.1.mlp.fc1.weight"])
+    with pytest.raises(CheckpointError, match=r"cannot be loaded \(.*Unexpected key.*extra\.weight"):
+        loaded({**weights, "extra.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"cannot be loaded \(.*Missing key.*blocks\.1\.norm1\.weight"):
+        loaded({name: tensor for name, tensor in weights.items() if name != "blocks.1.norm1.weight"})
+
+
+@pytest.mark.parametrize(("told", "of_weights"), [(7, 3), (3, 7), (7, 7)])
+def test_a_head_of_other_classes_than_told_does_not_stay_random(tmp_path, told, of_weights):
+    config = folder(tmp_path) / "config.json"
+    said = json.loads(config.read_text())
+    of_weights = {**said["pretrained_cfg"], "num_classes": of_weights}
+    config.write_text(json.dumps({**said, "num_classes": told, "pretrained_cfg": of_weights}))
+    assert torch.equal(
+        load_pretrained(tmp_path)[0].head.weight, load_file(tmp_path / "model.safetensors")["head.weight"]
+    )
+
+
+def test_an_array_file_of_other_classes_is_refused(tmp_path):
+    """Google's files; timm leaves a head that does not fit as it is."""
+    arrays: Any = google_arrays(timm.create_model("test_vit", num_classes=7))
+    np.savez(tmp_path / "weights.npz", **arrays)
+    with pytest.raises(CheckpointError, match=r"has no head\.weight of that shape"):
+        load_pretrained(f"test_vit={tmp_path / 'weights.npz'}")
+    theirs = timm.create_model("test_vit").eval()
+    arrays = google_arrays(theirs)
+    np.savez(tmp_path / "weights.npz", **arrays)
+    images = torch.randn(2, 3, 160, 160)
+    ours = load_pretrained(f"test_vit={tmp_path / 'weights.npz'}")[0]
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
+
+
+def test_layer_scale_by_the_name_it_has_in_deits_files(tmp_path):
+    theirs: Any = timm.create_model("deit3_small_patch16_224", depth=2, embed_dim=64, num_heads=2)
+    theirs.eval()
+    for block in theirs.blocks:
+        torch.nn.init.uniform_(block.ls1.gamma)
+    save_file(
+        {re.sub(r"ls(\d)\.gamma", r"gamma_\1", k): v for k, v in theirs.state_dict().items()},
+        tmp_path / "w.safetensors",
+    )
+    create = partial(timm.create_model, "deit3_small_patch16_224", depth=2, embed_dim=64, num_heads=2)
+    images = torch.randn(2, 3, 224, 224)
+    ours = _read("deit3", create, file=str(tmp_path / "w.safetensors"))[0]
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

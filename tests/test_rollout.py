@@ -571,3 +571,10 @@ def test_fused_heads_are_at_least_float32():
     weights = torch.rand(1, 2, 3, 3).softmax(-1)
     assert fuse_heads(weights.bfloat16()).dtype == torch.float32
     assert fuse_heads(weights.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_images_give_no_maps(method):
+    model = build()
+    logits, maps = attention_map(model, images_for(model)[:0], method=method)
+    assert (logits.shape, maps.shape) == ((0, model.architecture["num_classes"]), (0, *model.grid_size))

@@ -1,7 +1,8 @@
 """The vision transformer, in one file and bottom-up: patches, attention, block, model.
 
 Names and state-dict keys are timm's, so weights move between the two with ``load_state_dict(strict=True)`` (not those
-trained with ``rope``, which has no weights of its own: timm's class would take them and compute something else).
+of a convolutional stem, which timm has not, nor those trained with ``rope``, which has no weights of its own: timm's
+class would take them and compute something else).
 Shapes in comments: B batch, N tokens, D embed, h heads, d = D / h.
 Sources: Vaswani et al. 2017 (1706.03762), Dosovitskiy et al. 2020 (2010.11929); registers: Darcet et al. 2023
 (2309.16588); QK-norm: Dehghani et al. 2023 (2302.05442); LayerScale: Touvron et al. 2021 (2103.17239); convolutional
@@ -136,8 +137,9 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention: every token asks all tokens and takes the weighted sum of their values.
 
-    softmax(q kᵀ / √d) v, 1706.03762 eq. 1. ``forward`` is the fused kernel and never holds the N x N weights;
-    ``explain`` computes the same output the long way and returns the weights too.
+    softmax(q kᵀ / √d) v, 1706.03762 eq. 1. ``forward`` is the fused kernel and never holds the N x N weights, but
+    where training in 16 bits on a CPU is faster with them; ``explain`` computes the same output the long way and gives
+    the weights too.
     """
 
     def __init__(
@@ -174,8 +176,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> Tensor:
         """What the first tokens, or all, take from all tokens: (B, first or N, D) from (B, N, D)."""
-        bits16 = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
-        if bits16 and x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS:
+        few = x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS
+        if few and (x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
             return self.explain(x, turns, first)[0]
         q, k, v = self.heads(x, turns, first)
         return self.merge(F.scaled_dot_product_attention(q, k, v))
@@ -389,13 +391,12 @@ class VisionTransformer(nn.Module):
 
     def _check(self) -> None:
         a = self.architecture
-        for name in ("in_chans", "num_classes", "embed_dim", "depth", "num_heads"):
-            if a[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {a[name]}")
+        counts = dict.fromkeys(("in_chans", "num_classes", "embed_dim", "depth", "num_heads"), 1)
+        for name, least in {**counts, "num_registers": 0}.items():
+            if a[name] < least or not isinstance(a[name], int):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {a[name]}")
         if min(self.patch_size) < 1:
             raise ValueError(f"patch_size must be at least 1, got {min(self.patch_size)}")
-        if self.num_registers < 0:
-            raise ValueError(f"num_registers must be at least 0, got {self.num_registers}")
         if int(a["embed_dim"] * a["mlp_ratio"]) < 1:
             raise ValueError(f"mlp_ratio {a['mlp_ratio']} times embed_dim {a['embed_dim']} is less than one unit")
         if a["embed_dim"] % a["num_heads"]:

@@ -598,9 +598,9 @@ def _device(name: str) -> torch.device:
 def of_timm(path: str | Path) -> bool:
     """Whether this is a folder as timm keeps it or may be a name of timm's, and not a file of ours."""
     given = Path(path)
-    if given.is_dir():
+    if os.path.isdir(given):  # not by Path, which raises where one may not look
         return (given / "config.json").is_file()
-    return not given.is_file() and ("=" in given.name or given.suffix not in (".safetensors", ".ckpt"))
+    return not os.path.isfile(given) and ("=" in given.name or given.suffix not in (".safetensors", ".ckpt"))
 
 
 def has_bfloat16(device: torch.device) -> bool:

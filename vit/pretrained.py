@@ -6,6 +6,7 @@ and then all weights load strictly and the logits are equal, or it is refused wi
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
 from timm.models import adapt_input_conv
+from timm.models import load_pretrained as load_weights
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
@@ -59,12 +61,12 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     name, equals, file = text.partition("=")
     if text == "cifar10":  # also where there is a folder of that name: that is ./cifar10
         return load_checkpoint(SHIPPED)
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # not by Path, which raises where one may not look
         if not Path(source, "config.json").is_file():
             raise CheckpointError(f"{source}: a folder without a config.json; name the file in it")
         model, about = _read(text, lambda **more: timm.create_model(f"local-dir:{text}", **more))
         return model, _with_our_part(about, Path(source, "config.json"))
-    if Path(source).is_file():
+    if os.path.isfile(source):
         try:
             return load_checkpoint(source)
         except CheckpointError as error:
@@ -75,7 +77,7 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
                 "folder with its config.json"
             ) from error
     if equals and timm.is_model(_architecture_name(name)):
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise CheckpointError(f"{file}: no such weights file")
         return _read(text, lambda **more: timm.create_model(name, **more), file=file)
     if text.startswith(REMOTE) or timm.is_model(_architecture_name(text)):
@@ -93,13 +95,30 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
         with torch.device("meta"):
             architecture_of(create(pretrained=False))
         overlay = {"pretrained_cfg_overlay": {"file": file, "custom_load": file.endswith(".npz")}} if file else {}
-        return from_timm(create(pretrained=True, **overlay))
+        theirs: Any = create(pretrained=False, **overlay)
+        for weights in theirs.parameters():
+            weights.data.fill_(math.nan)  # what a file of arrays lacks would stay random, without a word
+        told = theirs.pretrained_cfg.get("num_classes")  # as by the model, or timm would drop the head and be lax
+        load_weights(theirs, num_classes=told, in_chans=theirs.in_chans, filter_fn=_filtered)
+        for name, weights in theirs.named_parameters():
+            if weights.isnan().all():
+                raise CheckpointError(f"has no {name} of that shape; is it of another model, or of other classes?")
+        return from_timm(theirs)
     except Unsupported as error:
         raise Unsupported(f"{source}: not supported, it has {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # no network, no such tag, a damaged file: each library has its own
         raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def _filtered(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """As timm, but the pooling that SigLIP's files bring is left out here: timm ignores whatever is there or missing.
+
+    DeiT's layer scale has another name in its files.
+    """
+    weights = timm_vit.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)  # type: ignore[arg-type]
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("attn_pool.")}
 
 
 def _with_our_part(about: Checkpoint, config: Path) -> Checkpoint:
@@ -202,6 +221,7 @@ def _foreign_parts(model: Any, block: Any) -> Any:
         "another norm inside the attention or the MLP",
         not all(isinstance(norm, nn.Identity) for norm in (block.attn.norm, block.mlp.norm)),
     )
+    yield "GELU by its tanh approximation under GELU's name", getattr(block.mlp.act, "approximate", "none") != "none"
     yield "gated attention", block.attn.gate is not None
     yield "heads that are not embed_dim / num_heads wide", block.attn.attn_dim != model.embed_dim
     yield f"activation {type(block.mlp.act).__name__}", type(block.mlp.act).__name__ not in ACTIVATIONS
@@ -248,7 +268,10 @@ def labels_of(theirs: Any) -> tuple[str, ...]:
         return tuple(str(i) for i in range(count))
     texts = [str(described.get(name, name)) for name in names]
     often = Counter(texts)  # a label must name one class: ImageNet has two kinds of crane
-    marked = [text if often[text] == 1 else f"{text} ({name})" for text, name in zip(texts, names, strict=True)]
+    marked = [
+        text if often[text] == 1 or text == name else f"{text} ({name})"
+        for text, name in zip(texts, names, strict=True)
+    ]
     return distinct(marked)  # for names that are carried may be there twice themselves
 
 

@@ -418,9 +418,9 @@ def _parts(
     """The images in parts of which what is held stays within MEMORY, each with the question about it."""
     classes = [_classes(value, model, images) for value in (target, against)]
     most = _part_size(model, model.grid_of(images.shape[-2], images.shape[-1]), way)
-    parts = -(-len(images) // most)
-    size = -(-len(images) // max(1, parts)) or 1  # parts alike: a small last one would take more for each image
-    for i in range(0, len(images), size):
+    parts = -(-len(images) // most) or 1
+    size = -(-len(images) // parts) or 1  # parts alike: a small last one would take more for each image
+    for i in range(0, len(images) or 1, size):  # no images are a part too
         part = images[i : i + size].detach()
         if way in CLASS_SPECIFIC:
             part = part.clone().requires_grad_()

@@ -63,7 +63,7 @@ def heat(image: Image.Image, grid: np.ndarray, *, box: Box | None = None) -> Ima
     """An RGB image under its map: greyer where little counts, glowing where much does, dark outside the box."""
     pixels = np.asarray(image, dtype=np.float32)
     left, top, right, bottom = box or (0, 0, *image.size)
-    left, top, right, bottom = max(0, floor(left)), max(0, floor(top)), ceil(right), ceil(bottom)
+    left, top, right, bottom = floor(left), floor(top), ceil(right), ceil(bottom)
     result = DIMMED * pixels
     inside = pixels[top:bottom, left:right]
     strength = enlarged(grid, inside.shape[1], inside.shape[0])
@@ -76,7 +76,7 @@ def heat(image: Image.Image, grid: np.ndarray, *, box: Box | None = None) -> Ima
 
 def enlarged(grid: np.ndarray, width: int, height: int) -> np.ndarray:
     """The grid stretched to [0, 1] and smoothly enlarged to (height, width); zeros where all patches are the same."""
-    grid = np.nan_to_num(np.asarray(grid, dtype=np.float32))
+    grid = np.asarray(grid, dtype=np.float32)
     low, high = grid.min(), grid.max()
     grid = (grid - low) / (high - low) if high - low > 1e-5 * high else np.zeros_like(grid)
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
