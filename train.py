@@ -9,6 +9,7 @@ import warnings
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from data.datamodule import ImageDataModule
 from vit.classifier import ViTClassifier
@@ -83,6 +84,8 @@ def main(args: ArgsType = None) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning makes the one the other
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             return 128 + signal.SIGINT  # before training began; after that the guard sees to it
+        if isinstance(stop, SIGTERMException):
+            return 128 + signal.SIGTERM
         raise
     return 0
 

@@ -318,12 +318,14 @@ class ImageDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         steps = self.trainer.global_step if self.trainer else 0
-        return {"steps": steps, "dataset": self.dataset, "held_out": self.held_out}
+        return {"steps": steps, "dataset": self.dataset, "validation": self.held_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.resumed = state_dict["steps"]
-        before, trainer = state_dict.get("held_out"), self.trainer
-        if before is None or trainer is None or trainer.state.fn == "test" or state_dict["dataset"] != self.dataset:
+        before, trainer = state_dict.get("validation"), self.trainer
+        if before is None or trainer is None or trainer.state.fn == "test":
+            return
+        if state_dict["dataset"].rstrip("/") != self.dataset.rstrip("/"):
             return
         if before != self.held_out:
             say_once(
@@ -339,8 +341,11 @@ class ImageDataModule(LightningDataModule):
         if isinstance(self.val, StreamDataset):
             stream = self.val.stream
             return hashlib.sha256(repr((stream.chosen, stream.shards.lengths)).encode()).hexdigest()[:16]
-        places = torch.cat([self.val.subset, torch.tensor([len(self.val.split.labels)])])
-        return hashlib.sha256(places.numpy().tobytes()).hexdigest()[:16]
+        chosen, split = self.val.subset.cpu().numpy(), self.val.split
+        digest = hashlib.sha256(chosen.tobytes() + b"%d" % len(split.labels))
+        if split.files is not None:
+            digest.update(split.files.names[chosen].tobytes())
+        return digest.hexdigest()[:16]
 
     def train_dataloader(self) -> DataLoader:
         rank = self._rank()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import train
-from vit.config import ConfigError, check_config
+from vit.config import ConfigError, check_config, mentioned
 
 MISTAKES = {
     "tab": (b"model:\n\tlr: 1\n", ", line 2: a tab, where YAML wants spaces"),
@@ -50,3 +50,19 @@ def test_train_looks_at_them(tmp_path, capsys, form):
     path.write_text("model:\n\tlr: 1\n")
     assert train.main(["fit", *form.format(path).split()]) == 2
     assert f"train.py: {path}, line 2: a tab" in capsys.readouterr().err
+
+
+def test_what_is_mentioned_of_a_model_in_every_form(tmp_path):
+    """A default of the command line must not change what a pretrained model is, and what was asked for must."""
+    (plain, dotted, parted, whole) = (tmp_path / f"{name}.yaml" for name in ("plain", "dotted", "parted", "whole"))
+    plain.write_text("model: {lr: 1, depth: 2}\ndata: {dataset: digits}\n")
+    dotted.write_text("model.pool: mean\n")
+    parted.write_text("fit: {model: {stem: conv}}\n")
+    whole.write_text("model: other.yaml\n")
+    files = ["--config", str(plain), f"--config={dotted}", "-c", str(parted)]
+    assert mentioned(["fit", *files, "--model.rope=true", "--model.depth", "3"]) == {
+        *("lr", "depth", "pool", "stem", "rope"),
+    }
+    for options in (["--model", "a.yaml"], ["--model={}"], ["--config", str(whole)]):
+        with pytest.raises(ValueError, match="give the model's settings one by one"):
+            mentioned(["fit", *files, *options])

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 import data.cache
@@ -648,6 +649,56 @@ def test_a_config_of_no_run_is_not_overwritten(tmp_path, capfd):
     assert (tmp_path / "config.yaml").read_text() == "mine: 1"
 
 
+def test_the_best_does_not_depend_on_how_often_it_is_looked_for(tmp_path):
+    """Every second epoch, after that every third; the last is looked at too."""
+    often = "--checkpoint.every_n_epochs"
+    assert run("fit", tmp_path, "--trainer.max_epochs=3", f"{often}=2") == 0
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 2
+    best = max(row["val/acc"] for row in table(tmp_path) if "val/acc" in row and row["epoch"] > 0)
+    ruin = ["--model.lr=3", "--model.muon_lr=3"]
+    assert run("fit", tmp_path, "--trainer.max_epochs=6", f"{often}=3", "--ckpt_path=last", *ruin) == 0
+    found = load_checkpoint(tmp_path / "model.safetensors")[1].metrics["val/acc"]
+    assert found == pytest.approx(max(best, found), abs=1e-6)
+
+
+def test_last_is_that_of_this_folder(tmp_path):
+    """And not the file that a checkpoint callback of the user's has left elsewhere."""
+    made = f"{{class_path: ModelCheckpoint, init_args: {{dirpath: {tmp_path / 'own'}, save_last: true}}}}"
+    own = [f"--trainer.callbacks=[{made}]"]
+    short = ["--trainer.max_epochs=1", "--ckpt_path=last", *own]
+    for name in ("one", "two"):
+        assert run("fit", tmp_path / name, *short) == 0
+        assert torch.load(tmp_path / name / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_a_measurement_leaves_the_settings_of_the_run_alone(fitted, tmp_path):
+    shutil.copytree(fitted, root := tmp_path / "run")
+    assert run("test", root, "--ckpt_path=best", "--trainer.logger=false", "--data.batch_size=7") == 0
+    assert (root / "config.yaml").read_text() == (fitted / "config.yaml").read_text()
+
+
+def test_a_measurement_that_is_ended_has_no_result(fitted, tmp_path, monkeypatch):
+    def stop(*_: Any) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr("vit.classifier.ViTClassifier.test_step", stop)
+    assert run("test", tmp_path, f"--ckpt_path={fitted / 'best.ckpt'}") == 128 + signal.SIGTERM
+
+
+def test_a_run_that_goes_on_says_so_where_files_have_other_names(tmp_path, capfd):
+    for i in range(40):
+        (place := tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 6 * i).save(place / f"{i:02}.png")
+    options = [f"--data.root={tmp_path}", "--data.val_fraction=0.5", f"--data.dataset={tmp_path / 'images'}/"]
+    assert run("fit", tmp_path / "run", *options, "--trainer.max_epochs=1") == 0
+    for said in (False, True):
+        capfd.readouterr()
+        assert run("validate", tmp_path / "run", "--ckpt_path=last", *options[:2], options[2].rstrip("/")) == 0
+        assert ("other images are held out than before" in capfd.readouterr().err) == said
+        if not said:
+            (tmp_path / "images" / "a" / "00.png").rename(tmp_path / "images" / "a" / "99.png")
+
+
 def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, capfd):
     """Half of the images as validation images: most of them it has trained on."""
     assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
@@ -822,6 +873,18 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             ],
             "EarlyStopping: check_on_train_epoch_end looks for val/loss after each epoch, and with",
         ),
+        "other steps later": (
+            ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={4: 1}"],
+            "GradientAccumulationScheduler changes the steps of an epoch",
+        ),
+        "batches found": (["--trainer.callbacks+=BatchSizeFinder"], "BatchSizeFinder changes the steps of an epoch"),
+        "shared out twice": (
+            ["--trainer.use_distributed_sampler=true"],
+            "trainer.use_distributed_sampler would share out what the processes have shared",
+        ),
+        "any seed": (["--seed_everything=true"], "seed_everything takes a number"),
+        "negative accumulation": (["--trainer.accumulate_grad_batches=-1"], "accumulate_grad_batches must be above 0"),
+        "all devices": (["--trainer.devices=-1"], "trainer: "),
         "finder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder trains by a schedule of its own"),
         "no batches": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches must be above 0"),
         "resolution": (["--model.resolution=[[0.5, 0.6]]"], "model.resolution: 0.6 of 8x8: image height 5 is not a"),

@@ -86,19 +86,21 @@ def save_checkpoint(
         dtype: Type to store the weights in, such as torch.bfloat16 for half the size; none keeps theirs.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in state_dict.items()}
     text = json.dumps(describe(about))
     payload = save(tensors, metadata={KEY: text, "format": "pt"})
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # same folder, so that replacing is atomic
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
         raise
     return path
 

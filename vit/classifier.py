@@ -205,6 +205,8 @@ class ViTClassifier(LightningModule):
         ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
         if ends and self.global_step + 1 == self.total_steps:  # the end is measured, wherever it comes
             trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
+            if keeper := keeper_of(trainer):
+                keeper._every_n_epochs = 1  # whichever epoch it is
             if trainer._val_check_time_interval is not None:
                 trainer._val_check_time_interval, trainer.val_check_interval = None, batch_idx + 1
         # Stochastic depth draws at a step what it would draw in a run that was never interrupted.

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -42,6 +42,10 @@ MEASURED = {  # what can be monitored, and which way it is better
 }
 REFUSED = {  # callbacks of Lightning, and why
     "StochasticWeightAveraging": "averages behind the last save; EMAWeightAveraging is kept in checkpoints",
+    "OnExceptionCheckpoint": "leaves a file that Lightning would start the next run from; last.ckpt is kept anyway",
+    "GradientAccumulationScheduler": "changes the steps of an epoch, which order and learning rate go by",
+    "BatchSizeFinder": "changes the steps of an epoch behind the learning rate; try values of data.batch_size",
+    "BackboneFinetuning": "wants a model of two parts; model.layer_decay trains what is near the head faster",
     "LearningRateFinder": "trains by a schedule of its own, which ours does not leave room for; try values of model.lr",
 }
 KEEPER = {"save_top_k": 1, "filename": "best"} | dict.fromkeys(  # what else would not keep the best alone
@@ -105,7 +109,10 @@ class TrainCLI(LightningCLI):
         subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
         settings = self.config[subcommand] if subcommand else self.config
         config, trainer = settings["model"], settings["trainer"]
+        if isinstance(settings["seed_everything"], bool):
+            raise ValueError("seed_everything takes a number: all that is drawn depends on it")
         trainer["default_root_dir"] = os.path.expanduser(trainer["default_root_dir"] or ".")
+        settings["checkpoint"]["dirpath"] = trainer["default_root_dir"]
         if config["pretrained"]:
             leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
 
@@ -157,6 +164,11 @@ class TrainCLI(LightningCLI):
                 if self.aside and self.trainer.global_step <= self.first_step:  # what was refused has not begun
                     put_back(root, self.aside)
                 raise
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """What goes on is our choice: Lightning would take ``last`` for the latest file of any ModelCheckpoint."""
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        return {**given, "ckpt_path": self.going_on} if subcommand == "fit" else given
 
     def _writes(self, subcommand: str) -> bool:
         """Whether this process is the one that puts a new state into the run's folder."""
@@ -230,12 +242,13 @@ class TrainCLI(LightningCLI):
             if before != now:
                 raise ValueError(f"{file}: trained with model.{name} {before}, which cannot become {now}; {anew}")
         monitors = [re.match(r"(?:Best|ModelCheckpoint){'monitor': '?([\w/]+)", key) for key in state["callbacks"]]
-        chosen, keeper = [match[1] for match in monitors if match], keeper_of(self.trainer)
+        found, keeper = [match for match in monitors if match], keeper_of(self.trainer)
+        chosen = [match[1] for match in found if match[0].startswith("Best")] or [match[1] for match in found]
         if keeper and chosen and str(keeper.monitor) not in chosen:  # Lightning would forget the best
             words = f"checkpoint.monitor {chosen[-1]}, which cannot become {keeper.monitor}"
             raise ValueError(f"{file}: trained with {words}; {anew}")
         self._refuse_finished(root, file, state)
-        if file.parent.resolve() != root.resolve() and self._writes("fit"):  # another folder's run goes on here
+        if not file.resolve().is_relative_to(root.resolve()) and self._writes("fit"):  # another's run goes on here
             self.aside = put_aside(root)
             if (best := file.parent / "best.ckpt").is_file():
                 shutil.copyfile(best, root / "best.ckpt")
@@ -280,8 +293,12 @@ class TrainCLI(LightningCLI):
         """Refuse what Lightning takes and our runs cannot do."""
         config = self._get(self.config, "trainer")
         for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
-            if config[name] == 0:
+            if isinstance(config[name], int | float) and config[name] <= 0:
                 raise ValueError(f"trainer.{name} must be above 0")
+        if config["use_distributed_sampler"]:
+            raise ValueError(
+                "trainer.use_distributed_sampler would share out what the processes have shared; leave it out"
+            )
         for part, of in {"model": (self.model_class, VisionTransformer), "data": (self.datamodule_class,)}.items():
             given = self._get(self.config, part)
             for name, setting in chain.from_iterable(signature(each).parameters.items() for each in of):
@@ -297,6 +314,8 @@ class TrainCLI(LightningCLI):
             raise ValueError(
                 f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
             )
+        if self.subcommand != "fit" and config["logger"] is not None:
+            self.save_config_callback = None  # it would put this command's config.yaml in the place of the run's
         balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
         if balance and monitor == "val/acc":  # which the small classes hardly move
             self.config[str(self.subcommand)]["checkpoint"]["monitor"] = "val/balanced_acc"
@@ -328,9 +347,13 @@ class TrainCLI(LightningCLI):
         if config["logger"] is None:
             root, part = config["default_root_dir"], "" if self.subcommand == "fit" else str(self.subcommand)
             kwargs["logger"] = [History(Path(root, part)), TensorBoardLogger(root, name="", version=part)]
-        if config["enable_progress_bar"] is not False:
-            kwargs["callbacks"] = [*several(given["callbacks"]), TrainingProgress()]
-        return super().instantiate_trainer(**kwargs)
+        callbacks = several(given["callbacks"])
+        if config["enable_progress_bar"] is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*callbacks, TrainingProgress()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # such as for devices that an accelerator has not
+            raise ValueError(f"trainer: {error}") from error
 
 
 def leave_out(names: Iterable[str], config: Any) -> None:

@@ -83,9 +83,19 @@ def configs(args: Any) -> list[str]:
 
 
 def mentioned(args: Any) -> set[str]:
-    """Names of the model's settings that the command or its files mention; parsing makes them one with the defaults."""
+    """Names of the model's settings that the command or its files mention; parsing makes them one with the defaults.
+
+    Raises:
+        ValueError: If they are mentioned as a whole, where none could be told from a default.
+    """
     words = [str(word) for word in args] if isinstance(args, list | tuple) else []
-    files = (yaml.safe_load(Path(path).read_text()) for path in configs(args))
-    return {word[8:].partition("=")[0] for word in words if word.startswith("--model.")}.union(
-        *(file.get("model") or () for file in files if file)
-    )
+    names = [word[2:].partition("=")[0] for word in words if word.startswith("--model")]
+    for path in configs(args):
+        found = yaml.safe_load(Path(path).expanduser().read_text()) or {}
+        for settings in (found, *(part for part in found.values() if isinstance(part, dict) and "model" in part)):
+            parts = settings.get("model")
+            names += [f"model.{name}" for name in parts] if isinstance(parts, dict) else ["model"] if parts else []
+            names += [name for name in settings if str(name).startswith("model.")]
+    if "model" in names:
+        raise ValueError("with model.pretrained, give the model's settings one by one: --model.NAME VALUE, not --model")
+    return {name.removeprefix("model.") for name in names}

@@ -53,8 +53,10 @@ def put_aside(root: Path) -> Path | None:
     aside = next(place for place in places if not place.exists())
     aside.mkdir()
     move_run(root, aside)
-    words = f"the run that was here is in {aside}; --ckpt_path last would have gone on with it"
-    print(f"{root}: {words}", file=sys.stderr)
+    begun = "--ckpt_path last would have gone on with it"
+    if not (aside / "last.ckpt").exists():
+        begun = f"it was not saved yet, but its best is a start: --model.pretrained {aside / 'best.ckpt'}"
+    print(f"{root}: the run that was here is in {aside}; {begun}", file=sys.stderr)
     return aside
 
 
@@ -83,5 +85,5 @@ def parts_of_run(root: Path) -> list[Path]:
     found = [root / name for name in RESULTS]
     for folder in (root, *(root / name for name in MEASUREMENTS)):
         found += [folder / name for name in ("config.yaml", "metrics.csv", "hparams.yaml", "confusion.csv")]
-        found += folder.glob("events.out.tfevents.*")
+        found += [*folder.glob("events.out.tfevents.*"), *folder.glob("hpc_ckpt_*.ckpt")]
     return [path for path in found if path.is_file()]

@@ -195,6 +195,8 @@ class Guard(Checkpoint):
             return
         if self.signal == getattr(signal, "SIGUSR1", None):
             self.requeue(self.signal, None)  # a checkpoint of its own, and scontrol requeue
+            for extra in path.parent.glob("hpc_ckpt_*.ckpt") if trainer.is_global_zero else ():
+                extra.unlink(missing_ok=True)  # or Lightning would begin any later run in this folder with it
         leave_children(trainer)
         if trainer.is_global_zero:
             text = (

@@ -60,6 +60,12 @@ class Best(ModelCheckpoint):
     """
 
     @property
+    def state_key(self) -> str:
+        """By what it is the best of alone; Lightning's forgets the best where ``every_n_epochs`` is another."""
+        alike = {"every_n_train_steps": 0, "every_n_epochs": 1, "train_time_interval": None}
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **alike)
+
+    @property
     def _legacy_state_key(self) -> str:  # type: ignore[override]
         return self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)  # in older files
 
