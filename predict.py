@@ -128,6 +128,10 @@ def check(options: argparse.Namespace) -> None:
     for name in ("out", "maps", "report"):
         if getattr(options, name) == "":
             error(f"--{name} has an empty name")
+    if options.out == "-":
+        options.out = None
+    if options.out and options.out == options.report:
+        error(f"--out and --report are both {options.out}")
     if options.format is None:
         ending = os.path.splitext(options.out or "")[1].removeprefix(".").lower()
         if ending not in ENDINGS:

@@ -3,6 +3,7 @@
 import glob
 import io
 import os
+import subprocess
 from itertools import islice
 
 import pytest
@@ -119,6 +120,35 @@ def test_paths_on_standard_input(ending, last):
     names = [name for name in ODD if ending == b"\0" or b"\n" not in name]
     stream = io.BytesIO(ending.join(names) + ending * last)
     assert [os.fsencode(path) for path in read_paths(stream)] == names
+
+
+def test_a_writer_that_pauses_within_a_path_and_one_that_marks_its_text():
+    class Slow(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            return super().read1(3)
+
+    assert list(read_paths(Slow(b"a/long.png\0b.png\0"))) == ["a/long.png", "b.png"]
+    assert list(read_paths(io.BytesIO(b"\xef\xbb\xbfa.png\nb.png\n"))) == ["a.png", "b.png"]
+
+
+def test_folders_too_deep_to_be_walked_take_a_place(tmp_path):
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    (folder / "a.png").touch()
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("b", dir_fd=here)
+        below = os.open("b", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    try:
+        for source in (str(folder), f"{folder}/**/*.png"):
+            first, last = Inputs([source], recursive=True)
+            assert (first, last) == (str(folder / "a.png"), Unreadable(source, last.error))  # type: ignore[union-attr]
+            assert "too deep" in last.error  # type: ignore[union-attr]
+    finally:
+        subprocess.run(["rm", "-r", folder], check=True)  # which Python's own cannot
 
 
 def test_paths_longer_than_a_block_are_whole():

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from vit.gallery import map_name
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.rollout import METHODS
-from vit.run import is_long, write_classes
+from vit.run import Stopped, is_long, write_classes
 
 ROOT = Path(__file__).parent.parent
 NAMES = tuple(f"class {i}" for i in range(7))
@@ -418,6 +420,10 @@ def test_maps_are_no_images_of_the_next_run(run, images, tmp_path, monkeypatch):
     assert len(list(Path("maps").rglob("*.png"))) == 4
     code, _, err = run(*options)
     assert (code, Path("labels.jsonl").read_bytes()) == (0, first)
+    paths = b"\0".join(str(path).encode() for path in Path().rglob("*.png"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(paths))))
+    assert run("-", "--maps", "maps", "--format", "jsonl")[1].count("\n") == 3
+    assert "no file matches outside the folder of --maps" in run("maps/*.png", "--maps", "maps")[1]
     code, _, err = run(".", "--maps", ".")
     assert code == 2
     assert err == "predict.py: --maps .: . lies in it; maps would be taken for images, name another\n"
@@ -534,6 +540,71 @@ def test_resuming_refuses_other_images_and_other_options(run, images, tmp_path):
     assert "other weights, options or machine" in err
     assert out.read_bytes() == whole
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_resuming_looks_at_an_image_that_was_classified(run, images, tmp_path):
+    """Errors behind it are the same by any weights and options."""
+    good, bad, out = tmp_path / "good", tmp_path / "bad", tmp_path / "out.jsonl"
+    shutil.copytree(images / "0", good, ignore=lambda folder, names: [name for name in names if not name[0].isdigit()])
+    bad.mkdir()
+    for number in range(9):
+        (bad / f"{number}.png").write_bytes(b"damaged")
+    options = ("--recursive", "--batch-size", 4, "--out", out)
+    assert run(good, bad, *options)[0] == 3
+    whole = out.read_bytes()
+    assert run(good, bad, images / "1", *options, "--top-k", 2, "--resume")[0] == 2
+    assert out.read_bytes() == whole
+    assert run(good, bad, *options, "--resume")[0] == 3
+    assert out.read_bytes() == whole
+
+
+def test_what_is_said_of_the_records_so_far_is_true(run, images, tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> object:
+        raise Stopped(signal.SIGINT)
+
+    def after(number: int) -> object:
+        def classify(self: object, pieces: object, **options: object) -> Iterator[object]:
+            yield from islice(real(self, pieces, **options), number)  # type: ignore[arg-type]
+            stop()
+
+        return classify
+
+    real = Predictor.classify
+    for name, batches, said in (
+        ("a.csv", 0, ""),
+        ("a.csv", 1, f"; the records so far are in {tmp_path / 'a.csv'}.partial; --resume goes on"),
+        ("a.json", 1, f"; the records so far are in {tmp_path / 'a.json'}.partial"),
+        ("a.parquet", 1, "; the records so far are lost: a Parquet file is whole or none"),
+    ):
+        monkeypatch.setattr(Predictor, "classify", after(batches))
+        code, _, err = run(images / "0", "--batch-size", 2, "--out", tmp_path / name)
+        assert (code, err.splitlines()[-1]) == (130, f"stopped by SIGINT{said}") or (name, batches) == ("a.csv", 0)
+
+
+def test_records_to_a_device_are_added(run, images, tmp_path):
+    out = tmp_path / "all.jsonl"
+    out.write_text("before\n")
+    with out.open("ab") as file:
+        assert run(images / "0/0.png", "--format", "jsonl", "--out", f"/dev/fd/{file.fileno()}")[0] == 0
+    first, second = out.read_text().splitlines()
+    assert (first, json.loads(second)["path"]) == ("before", str(images / "0/0.png"))
+    assert json.loads(run(images / "0/0.png", "--format", "jsonl", "--out", "-")[1])["path"]
+
+
+def test_records_do_not_replace_what_is_none(run, images, tmp_path):
+    code, _, err = run(images / "0/0.png", "--format", "csv", "--out", images / "0/1.png")
+    assert (code, "has the name of an image" in err) == (2, True)
+    page = tmp_path / "page.html"
+    code, _, err = run(images / "0/0.png", "--format", "csv", "--out", page, "--report", page)
+    assert (code, f"--out and --report are both {page}" in err) == (2, True)
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert predict.main(["x.png"]) == 2
+    assert "the folder one is in is gone" in capsys.readouterr().err
+    tmp_path.mkdir()
 
 
 @pytest.mark.parametrize("ending", ["csv", "json"])

@@ -102,7 +102,8 @@ def test_16_bits_of_a_pgm(most, plain):
     file = io.BytesIO((b"P2" if plain else b"P5") + b"\n4 1\n%d\n" % most + pixels)
     expected = (values.astype(float) / most * 255).round()
     assert np.abs(np.asarray(open_image(file, "L")) - expected).max() <= 1
-    for source in (file, Image.open(file)):
+    opened = Image.open(file)
+    for source in (file, opened, opened):  # which the second time is decoded already
         assert np.asarray(open_image(source, "L", white=4095)).max() == (255 if most == 65535 else expected.max())
 
 
@@ -178,6 +179,9 @@ def test_colours_go_by_the_profile():
     expected = Image.merge("RGB", (green, red, blue))  # a profile in which red is called green
     assert difference(open_image(stored(image, "PNG", icc_profile=swapped)), expected) < 2
     assert difference(open_image(stored(image, "PNG", icc_profile=b"damaged")), image) == 0
+    linear = swapped.replace(b"t\0e\0s\0t", b"s\0R\0G\0B").replace(b"b\0u\0i\0l\0t", b"i\0n\0e\0a\0r")
+    assert linear.count(b"i\0n\0e\0a\0r") == 1
+    assert difference(open_image(stored(image, "PNG", icc_profile=linear)), expected) < 2  # its colours, not its light
     opaque = image.convert("RGBA")  # as a screenshot is stored
     assert difference(open_image(stored(opaque, "PNG", icc_profile=swapped)), expected) < 2
     few = image.quantize(16)

@@ -200,6 +200,19 @@ def test_a_finished_file_does_not_replace_what_another_run_has_begun(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_finished_file_that_was_replaced_since_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(written(JsonLines(), RECORDS[:1]))
+    output = Output(str(path), JsonLines(), resume=True)
+    assert len(list(output.kept())) == 1
+    (tmp_path / "new").write_bytes(b"another run's")
+    (tmp_path / "new").rename(path)
+    with pytest.raises(OutputError, match="out: another run is writing it, or has since"):
+        output.write(RECORDS[1])
+    output.close()
+    assert path.read_bytes() == b"another run's"
+
+
 def test_a_disk_that_fills_up_is_named_and_gone_on_with(tmp_path):
     whole, path = written(JsonLines()), tmp_path / "out.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

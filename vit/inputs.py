@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import translate
+from functools import lru_cache
 from typing import BinaryIO
 
 from vit.preprocess import SUFFIXES
@@ -56,17 +57,24 @@ class Inputs:
     def __iter__(self) -> Iterator[str | Unreadable]:
         self.passed_over.clear()
         for source in self.sources:
-            if source == "-" and self.stdin is not None:
-                yield from read_paths(self.stdin)
-            elif os.path.isdir(source):
-                yield from self._one_at_least(source)
-            elif glob.has_magic(source) and not os.path.lexists(source):
-                yield from _or(self._outside(expand(source)), Unreadable(source, "no file matches"))
-            else:
-                yield source
+            try:
+                yield from self._of(source)
+            except RecursionError:
+                yield Unreadable(source, "some of its folders lie too deep and are left out")
+
+    def _of(self, source: str) -> Iterator[str | Unreadable]:
+        if source == "-" and self.stdin is not None:
+            yield from self._outside(read_paths(self.stdin))
+        elif os.path.isdir(source):
+            yield from self._one_at_least(source)
+        elif glob.has_magic(source) and not os.path.lexists(source):
+            beside = " outside the folder of --maps" if self.maps else ""
+            yield from _or(self._outside(expand(source)), Unreadable(source, f"no file matches{beside}"))
+        else:
+            yield source
 
     def _outside(self, paths: Iterator[str]) -> Iterator[str]:
-        return (path for path in paths if self.maps is None or not within(path, self.maps))
+        return (path for path in paths if self.maps is None or not within(os.path.dirname(path) or ".", self.maps))
 
     def _one_at_least(self, folder: str) -> Iterator[str | Unreadable]:
         hint = "" if self.recursive else "; --recursive looks into its subfolders"
@@ -99,9 +107,12 @@ class Inputs:
 
 
 def within(path: str, folder: str) -> bool:
-    """Whether a path is a folder or lies in it; links are not followed."""
-    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    """Whether a path is a folder or lies in it, by whatever links."""
+    path, folder = real(os.path.abspath(path)), real(os.path.abspath(folder))
     return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+real = lru_cache(maxsize=1024)(os.path.realpath)  # it asks for every folder of a path
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
@@ -124,7 +135,9 @@ def _or(items: Iterator[str | Unreadable], otherwise: Unreadable) -> Iterator[st
 def read_paths(stream: BinaryIO) -> Iterator[str]:
     """Paths from a stream: zero-terminated if its first block has a zero byte, lines if not; empty ones are skipped."""
     read = getattr(stream, "read1", stream.read)  # read1: what is there now, so that a slow writer is served
-    block = read(CHUNK)
+    block = read(CHUNK).removeprefix(b"\xef\xbb\xbf")  # as some editors begin a text
+    while b"\0" not in block and b"\n" not in block and (more := read(CHUNK)):  # of a slow writer, half a path
+        block += more
     ending, rest = (b"\0" if b"\0" in block else b"\n"), b""
     while block:
         *paths, rest = (rest + block).split(ending)

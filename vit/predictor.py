@@ -22,7 +22,7 @@ from torch import Tensor
 from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
-from vit.preprocess import ImageError, open_image, reason, turn, usable_cores
+from vit.preprocess import ImageError, open_image, reason, told, turn, usable_cores
 
 File = str | Path | IO[bytes] | Image.Image
 Source = File | np.ndarray
@@ -310,7 +310,7 @@ class Predictor:
     def _number(self, name: str | None) -> int | None:
         """The class of this name."""
         if name is not None and name not in self.class_names:
-            near = get_close_matches(name, self.class_names, n=SHOWN, cutoff=0.5) or self.class_names[:SHOWN]
+            near = get_close_matches(str(name), self.class_names, n=SHOWN, cutoff=0.5) or self.class_names[:SHOWN]
             many = len(self.class_names) > SHOWN
             names = f"{len(self.class_names):,} classes have names like" if many else "the classes are"
             raise ValueError(f"no class {name!r}; {names} {', '.join(near if many else self.class_names)}")
@@ -559,6 +559,7 @@ def kept(source: Source) -> Source | Unreadable:
             if isinstance(source, np.ndarray):
                 return source.copy()
             if isinstance(source, Image.Image):
+                told(source, None)  # before it is decoded
                 copy = source.copy()
                 copy.format = source.format  # by which a PGM of 16 bits is known
                 return copy

@@ -78,6 +78,8 @@ def open_image(
     """
     try:
         if isinstance(source, Image.Image):
+            if 0 in source.size:
+                raise ImageError("no pixels")
             with turn(source):
                 pgm, white = is_pgm(source), told(source, white)
                 image = source.copy()
@@ -108,9 +110,10 @@ def is_pgm(image: Image.Image) -> bool:
 
 def told(image: Image.Image, white: float | None) -> float | None:
     """The value that is white, but in a PGM that says so itself, where Pillow has scaled it; before it is decoded."""
-    tiles = getattr(image, "tile", ())  # a copy has none
-    scaled = is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in tiles)
-    return None if scaled else white
+    tiles = getattr(image, "tile", ())  # a copy has none, nor has an image that is decoded
+    if is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in tiles):
+        image.info["scaled"] = True  # goes with the image and its copies
+    return None if image.info.get("scaled") else white
 
 
 def turn(source: object) -> AbstractContextManager:
@@ -193,9 +196,12 @@ def to_mode(image: Image.Image, mode: str, white: float | None = None) -> Image.
 def to_srgb(image: Image.Image) -> Image.Image:
     """Colours by the embedded profile, where there is one and it is not sRGB (Adobe RGB, Display P3, print CMYK)."""
     profile = image.info.get("icc_profile")
+    about = (profile or b"")[:4096].replace(b"\0", b"")  # the description, of 8 or 16 bit
     if image.mode == "LAB":
         source = ImageCms.createProfile("LAB")
-    elif not profile or b"sRGB" in profile[:4096] or b"s\0R\0G\0B" in profile[:4096]:  # the description, 8 or 16 bit
+    elif not profile or (
+        b"sRGB" in about and b"inear" not in about and b"-g10" not in about
+    ):  # sRGB's colours, not light
         return image
     else:
         source = io.BytesIO(profile)

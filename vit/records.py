@@ -263,11 +263,12 @@ class Output:
         self.name = path or "standard output"
         self.format = format
         self.discarded = False  # whether an unfinished run's records have made room for this one's
-        device = path is not None and os.path.exists(path) and not os.path.isfile(path)
+        special = path is not None and os.path.abspath(path).startswith(("/dev/", "/proc/"))
+        device = path is not None and os.path.exists(path) and (special or not os.path.isfile(path))
         self.path = None if path is None or device else Path(os.path.realpath(path))  # a link stays one
         try:
             if self.path is None:  # standard output, or a device such as /dev/null
-                self.descriptor = os.dup(1) if path is None else os.open(path, os.O_WRONLY)
+                self.descriptor = os.dup(1) if path is None else os.open(path, os.O_WRONLY | os.O_APPEND)
             else:
                 self.descriptor = self._open(self.path, resume)
         except OSError as error:
@@ -328,8 +329,8 @@ class Output:
         # sees each one at once.
         try:
             if data and self.path is not None and self.current == self.path:
-                if self.partial.exists():
-                    raise OutputError(f"{self.path}: another run is writing it")
+                if self.partial.exists() or not os.path.samestat(os.fstat(self.descriptor), os.stat(self.path)):
+                    raise OutputError(f"{self.path}: another run is writing it, or has since")
                 os.replace(self.path, self.partial)
                 self.current = self.partial
             while data:

@@ -43,6 +43,11 @@ def run(options: argparse.Namespace) -> int:
         options: What predict.py's parser gives, checked.
     """
     try:
+        os.getcwd()
+    except OSError:
+        say("predict.py: the folder one is in is gone; change to another")
+        return USAGE
+    try:
         with signals(), quiet_libraries():
             return load_and_classify(options)
     except Stopped as stop:
@@ -59,7 +64,8 @@ def signals() -> Iterator[None]:
         raise Stopped(number)
 
     try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in heard}
     except ValueError:
         yield
         return
@@ -100,6 +106,9 @@ def standard_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (the lowest descriptor that is free: its own)
+    for descriptor in (0, 1):  # or a writer's pause would be the end, and a reader's an error
+        with suppress(OSError):
+            os.set_blocking(descriptor, True)
 
 
 def say(text: str) -> None:
@@ -118,6 +127,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
     from vit.inputs import Inputs, within
     from vit.memory import keep_freed_memory
     from vit.predictor import Predictor
+    from vit.preprocess import SUFFIXES
     from vit.records import Output, OutputError
 
     keep_freed_memory()
@@ -130,13 +140,16 @@ def load_and_classify(options: argparse.Namespace) -> int:
         return USAGE
     if options.classes:
         return write_classes(predictor.class_names)
+    if options.out and os.path.splitext(options.out)[1].lower() in SUFFIXES:
+        say(f"predict.py: --out {options.out}: has the name of an image, which the records would replace; take another")
+        return USAGE
     for source in options.sources if options.maps else ():
         if os.path.isdir(source) and within(source, options.maps):
             say(f"predict.py: --maps {options.maps}: {source} lies in it; maps would be taken for images, name another")
             return USAGE
     stdin = sys.stdin.buffer if "-" in options.sources else None
     inputs = Inputs(options.sources, recursive=options.recursive, stdin=stdin, maps=options.maps)
-    summary = Summary()
+    summary, output = Summary(), None
     try:
         gallery = gallery_of(options, predictor, inputs)  # first: where it cannot write, nothing is touched
         output = Output(options.out, record_format(options, predictor), resume=options.resume)
@@ -154,20 +167,20 @@ def load_and_classify(options: argparse.Namespace) -> int:
             output.close()
     except Stopped as stop:
         summary.tell(inputs)
-        say(f"stopped by {signal.Signals(stop.number).name}{where(options)}")
+        say(f"stopped by {signal.Signals(stop.number).name}{where(options, output)}")
         return 128 + stop.number
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (OutputError, ClusterError) as error:
         if summary.classified + summary.failed:
             summary.tell(inputs)
-        say(f"predict.py: {error}{where(options) if summary.new else ''}")
+        say(f"predict.py: {error}{where(options, output) if summary.new else ''}")
         return USAGE
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         hint = f"try a --batch-size below {options.batch_size or predictor.batch_size}"
-        say(f"predict.py: out of memory; {hint}{where(options) if summary.new else ''}")
+        say(f"predict.py: out of memory; {hint}{where(options, output) if summary.new else ''}")
         return USAGE
     summary.tell(inputs)
     if summary.classified and gallery:
@@ -185,8 +198,9 @@ def write_classes(names: tuple[str, ...]) -> int:
     """A name a line to standard output; the exit code."""
     from vit.records import printable
 
+    encoding, text = sys.stdout.encoding or "utf-8", "".join(f"{printable(name)}\n" for name in names)
     try:
-        sys.stdout.write("".join(f"{printable(name)}\n" for name in names))
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
@@ -197,13 +211,13 @@ def write_classes(names: tuple[str, ...]) -> int:
     return OK
 
 
-def where(options: argparse.Namespace) -> str:
+def where(options: argparse.Namespace, output: "Output | None") -> str:
     """What became of the records so far."""
-    if options.out is None:
+    if output is None or output.path is None or not os.path.getsize(output.current):
         return ""
-    hint = "; --resume goes on" if resumable(options) else ""
-    out = os.path.realpath(options.out) if os.path.islink(options.out) else options.out
-    return f"; the records so far are in {out}.partial{hint}"
+    if options.format == "parquet":
+        return "; the records so far are lost: a Parquet file is whole or none"
+    return f"; the records so far are in {output.current}{'; --resume goes on' if resumable(options) else ''}"
 
 
 def resumable(options: argparse.Namespace) -> bool:
@@ -310,6 +324,8 @@ def resumed(
 ) -> "tuple[Iterator[list[Item]], list[Kept]]":
     """The batches that are to do, and the records that are there of those: the first ones, and from the last recorded.
 
+    Among these is one with an image that was classified, if there is any: errors are the same by any weights.
+
     Args:
         pieces: All batches.
         output: Holds the records so far; their paths must be those of the inputs.
@@ -320,12 +336,15 @@ def resumed(
 
     kept, rerun_first = output.kept(), gallery.limit if gallery else 0
     head: list[tuple[list[Item], list[Kept]]] = []  # batches that the gallery is of, and their records
+    proof: list[tuple[list[Item], list[Kept]]] = []  # the last batch behind those with an image that was classified
     tail: list[tuple[list[Item], list[Kept]]] = []  # the last batch with records, and the one behind it
     mapped = False
     for batch in pieces:
         records = list(islice(kept, len(batch)))
         if summary.classified < rerun_first:
             head.append((batch, records))
+        elif any("error" not in record for record, _ in records):
+            proof, tail = [(batch, records)], []
         elif records:
             tail = [(batch, records)]
         else:
@@ -345,7 +364,7 @@ def resumed(
             break
     if next(kept, None) is not None:
         raise OutputError(f"{output.name}: more records than there are images; run without --resume to start again")
-    again = head + tail
+    again = head + proof + tail
     return chain((batch for batch, _ in again), pieces), [record for _, records in again for record in records]
 
 
@@ -358,10 +377,11 @@ def records_of(
     batch: Any, options: argparse.Namespace, predictor: "Predictor", gallery: "Gallery | None"
 ) -> "Iterator[Record]":
     """The records of a batch, in order; its maps are on disk before the first one is given."""
-    best = batch.scores.topk(min(options.top_k, len(predictor.class_names)), dim=1)
+    top_k = min(options.top_k, len(predictor.class_names))
+    best = batch.scores.sort(dim=1, descending=True, stable=True)  # equal ones in the order of the classes, as anywhere
     predictions = [
         [{"label": predictor.class_names[i], "score": round(score, 6)} for i, score in zip(*row, strict=True)]
-        for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for row in zip(best.indices[:, :top_k].tolist(), best.values[:, :top_k].tolist(), strict=True)
     ]
     paths = [path_of(source) for source in batch.sources]
     maps: Iterator[str | None] = iter(())
