@@ -186,7 +186,7 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     parts: dict[str, list[tuple[str, str]]] = {}
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
-        values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in ("path", "label", "split")}
+        values = {name: cell(row.get(name)) for name in ("path", "label", "split")}
         if missing := next((name for name in ("path", "label") if not values[name]), None):
             found = ", ".join(map(str, row)) if missing not in row else f"row {number} is empty there"
             raise DataError(f"{file}: needs a column {missing!r} for each image, but {found}")
@@ -207,6 +207,11 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
         names = np.array([os.fsencode(path) for path, _ in pairs])
         listings[split] = str(file.parent), names, torch.tensor([numbers[label] for _, label in pairs])
     return class_names, listings
+
+
+def cell(value: Any) -> str:
+    """What a table holds in one place; nothing for what pandas writes there in a column of numbers."""
+    return "" if value is None or value != value else str(value).strip()
 
 
 def read_table(file: Path) -> Iterable[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vit.folder import locked, put_aside, put_back, refuse_foreign
+from vit.folder import check_writable, locked, put_aside, put_back, refuse_foreign
 
 ROOT = Path(__file__).parent.parent
 RUN = {  # what a run leaves, and measurements of it
@@ -39,6 +39,17 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/run: cannot be made"), locked(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    check_writable(tmp_path / "run" / "test")
+    assert (tmp_path / "run" / "test").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/test: cannot be written \(Not a directory\)"):
+        check_writable(tmp_path / "file" / "test")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a read-only file system, to root too
+    with pytest.raises(ValueError, match=r"run: cannot be written \(Permission denied\)"):
+        check_writable(tmp_path / "run")
 
 
 def test_a_run_moves_whole_and_alone(tmp_path, capsys):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from data.datamodule import ImageDataModule, TrainOrder, balanced
-from data.labels import in_order, list_table, split_of
+from data.labels import cell, in_order, list_table, split_of
 from data.sources import DataError, load_source
 from vit.checkpoint import load_checkpoint
 
@@ -314,3 +314,7 @@ def test_training_from_a_table_with_balance(tmp_path, capsys):
     assert status == 0, capsys.readouterr().err
     model, about = load_checkpoint(tmp_path / "run" / "model.safetensors")
     assert (model.image_size, about.class_names) == ((12, 8), ("a", "b"))
+
+
+def test_what_pandas_writes_for_nothing_is_nothing():
+    assert [cell(value) for value in (float("nan"), None, " a ", 3)] == ["", "", "a", "3"]

@@ -23,7 +23,7 @@ from rich.console import Console
 from vit.checkpoint import load_checkpoint
 from vit.classifier import MOST_TABLED
 from vit.config import mentioned
-from vit.folder import RESULTS, locked, put_aside, put_back, refuse_foreign
+from vit.folder import RESULTS, check_writable, locked, put_aside, put_back, refuse_foreign
 from vit.guard import Guard
 from vit.history import History
 from vit.model import VisionTransformer
@@ -155,6 +155,8 @@ class TrainCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         root = Path(self.trainer.default_root_dir)
+        if subcommand != "fit" and self._get(self.config, "trainer.logger") is None:
+            check_writable(root / subcommand)  # TensorBoard's thread would say so in forty lines
         if self._writes(subcommand):
             refuse_foreign(root)
         with locked(root) if self._writes(subcommand) else nullcontext():

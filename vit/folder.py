@@ -1,6 +1,8 @@
 """The folder of a run: who may write there, and where an earlier run goes."""
 
+import errno
 import fcntl
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,21 @@ def refuse_foreign(root: Path) -> None:
     file, signs = root / "config.yaml", (".lock", *RESULTS, "metrics.csv", "hparams.yaml")
     if file.exists() and not any((root / name).exists() for name in signs):
         raise ValueError(f"{file}: of no run, and would be overwritten; take another --trainer.default_root_dir")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder for files.
+
+    Raises:
+        ValueError: If that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        text = f"{folder}: cannot be written ({error.strerror}); take another --trainer.default_root_dir"
+        raise ValueError(text) from None
 
 
 @contextmanager
