@@ -140,8 +140,9 @@ def test_failed_save_leaves_the_old_file(path, model, monkeypatch, call, error):
         raise error
 
     monkeypatch.setattr(checkpoint.os, call, fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         save_checkpoint(path, {name: tensor + 1 for name, tensor in model.state_dict().items()}, ABOUT)
+    assert getattr(caught.value, "filename", str(path)) == str(path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
 

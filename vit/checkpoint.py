@@ -99,8 +99,8 @@ def save_checkpoint(
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+        if isinstance(error, OSError) and error.errno:  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return path
 
