@@ -121,6 +121,11 @@ def test_the_page_gets_the_examples_and_then_an_even_sample():
         assert len(survey.chosen(view, number)) == number
 
 
+def test_an_image_that_is_given_twice_counts_once():
+    survey = filled(*[("a/1.jpg", "cat", 0.9)] * 2, ("a/2.jpg", "cat", 0.8), grids=torch.rand(3, 8, 8))
+    assert (survey.total, [view["images"] for view in survey.view()]) == (2, [2])
+
+
 def test_the_sample_has_each_class_in_its_share():
     """Though folders come one after the other: 596 images, two thirds of them in the last folder."""
     sizes = {"cat": 100, "dog": 100, "ship": 396}

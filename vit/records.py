@@ -129,6 +129,7 @@ class Csv(Format):
                 taken.append(line)
                 yield line.decode()
 
+        csv.field_size_limit(2**31 - 1)  # a path may be long; it was written by us
         rows = csv.reader(lines(), strict=True)
         try:
             for number, row in enumerate(rows):

@@ -52,6 +52,7 @@ class Survey:
         self.number = {name: i for i, name in enumerate(class_names)}
         self.folders = {composed(name): i for i, name in enumerate(class_names)}
         self.paths: list[str] = []
+        self.known: set[str] = set()
         self.labels: list[int] = []
         self.scores: list[float] = []
         self.maps: list[Tensor] = []  # (rows, columns) float16
@@ -67,6 +68,9 @@ class Survey:
         for path, grid, named in zip(paths, grids, scores, strict=True):
             if len(self.paths) == SURVEYED:
                 return
+            if path in self.known:  # given twice; the page shows it once
+                continue
+            self.known.add(path)
             label, score = next(iter(named.items()))
             self.paths.append(path)
             self.labels.append(self.number[label])
@@ -86,8 +90,8 @@ class Survey:
 
     @property
     def total(self) -> int:
-        """Images taken in; one that was given twice counts once, as the page shows it once."""
-        return len(set(self.paths))
+        """Images taken in; one that was given twice counts once."""
+        return len(self.paths)
 
     def view(self) -> list[dict[str, Any]]:
         """What the page says of each class: those with a hint first, then those with most images.
