@@ -882,6 +882,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             ["--trainer.use_distributed_sampler=true"],
             "trainer.use_distributed_sampler would share out what the processes have shared",
         ),
+        "spawned": (["--trainer.strategy=ddp_spawn"], "trainer.strategy ddp_spawn copies what cannot be copied"),
         "any seed": (["--seed_everything=true"], "seed_everything takes a number"),
         "negative accumulation": (["--trainer.accumulate_grad_batches=-1"], "accumulate_grad_batches must be above 0"),
         "all devices": (["--trainer.devices=-1"], "trainer: "),

@@ -297,6 +297,8 @@ class TrainCLI(LightningCLI):
         for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
             if isinstance(config[name], int | float) and config[name] <= 0:
                 raise ValueError(f"trainer.{name} must be above 0")
+        if str(config["strategy"]).endswith("_spawn"):
+            raise ValueError(f"trainer.strategy {config['strategy']} copies what cannot be copied; ddp does the same")
         if config["use_distributed_sampler"]:
             raise ValueError(
                 "trainer.use_distributed_sampler would share out what the processes have shared; leave it out"
