@@ -882,6 +882,14 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             ["--trainer.use_distributed_sampler=true"],
             "trainer.use_distributed_sampler would share out what the processes have shared",
         ),
+        "unknown callback": (
+            ["--trainer.callbacks+=Earlystop"],
+            "trainer.callbacks cannot be Earlystop; give EarlyStopping?",
+        ),
+        "half a callback": (
+            ["--trainer.callbacks+=EarlyStopping"],
+            "trainer.callbacks cannot be EarlyStopping; give it with --trainer.callbacks.monitor",
+        ),
         "spawned": (["--trainer.strategy=ddp_spawn"], "trainer.strategy ddp_spawn copies what cannot be copied"),
         "any seed": (["--seed_everything=true"], "seed_everything takes a number"),
         "negative accumulation": (["--trainer.accumulate_grad_batches=-1"], "accumulate_grad_batches must be above 0"),

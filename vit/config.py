@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 
 
@@ -61,12 +62,17 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line, with the option that was perhaps meant; the usual way is to print all options first."""
         message = re.sub(r"(?<=required: )(fit|validate|test)\.", "--config FILE or --", message)
-        union = r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes(.*)Given value: (.*)'
+        union = r'Parser key "([\w.]+)":.*?Does not validate against any of the Union subtypes(.*)Given value: (.*)'
         if mistaken := re.search(union, message, re.S):  # whose text names types of Python, not what to write
             name, types, value = mistaken.groups()
+            value = re.sub(r"^\[Namespace\(class_path='[\w.]*?(\w+)'.*", r"\1", value.strip(), flags=re.S)
+            lacks = re.search(r"required: ([\w, ]+)", types)
             choices = sorted(set(re.findall(r"'([\w-]+)'", "".join(re.findall(r"Literal\[(.*?)\]", types)))))
             forms = {"data.image_size": "224, or [224, 320] for height and width"}.get(name, ", ".join(choices))
-            message = f"{name} cannot be {value.strip()}" + (f"; give {forms}" if forms else "")
+            if name == "trainer.callbacks":
+                near = get_close_matches(value, dir(callbacks), n=1)
+                forms = f"it with --{name}.{lacks[1]}" if lacks else "".join(f"{one}?" for one in near if one != value)
+            message = f"{name} cannot be {value}" + (f"; give {forms}" if forms else "")
         if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
             parser = getattr(ex, "subcommand_parser", self)
             known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
