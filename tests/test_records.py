@@ -5,6 +5,8 @@ import io
 import json
 import os
 import resource
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from rich.cells import cell_len
@@ -211,6 +213,30 @@ def test_a_finished_file_that_was_replaced_since_is_not_gone_on_with(tmp_path):
         output.write(RECORDS[1])
     output.close()
     assert path.read_bytes() == b"another run's"
+
+
+def test_a_file_that_is_finished_is_where_it_is_said_to_be(tmp_path):
+    output = Output(str(tmp_path / "out"), JsonLines())
+    output.start()
+    output.write(RECORDS[0])
+    assert output.current == tmp_path / "out.partial"
+    output.finish()
+    output.close()
+    assert output.current == tmp_path / "out"
+    assert output.current.exists()
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_a_file_in_shared_memory_is_a_file():
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder, "out")
+        path.write_bytes(b"before")
+        output = Output(str(path), JsonLines())
+        output.write(RECORDS[0])
+        assert path.read_bytes() == b"before"
+        output.finish()
+        output.close()
+        assert path.read_bytes() == JsonLines().record(RECORDS[0])
 
 
 def test_a_disk_that_fills_up_is_named_and_gone_on_with(tmp_path):

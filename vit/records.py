@@ -264,7 +264,7 @@ class Output:
         self.name = path or "standard output"
         self.format = format
         self.discarded = False  # whether an unfinished run's records have made room for this one's
-        special = path is not None and os.path.abspath(path).startswith(("/dev/", "/proc/"))
+        special = path is not None and os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))
         device = path is not None and os.path.exists(path) and (special or not os.path.isfile(path))
         self.path = None if path is None or device else Path(os.path.realpath(path))  # a link stays one
         try:
@@ -348,6 +348,7 @@ class Output:
             try:
                 os.fsync(self.descriptor)
                 os.replace(self.current, self.path)
+                self.current = self.path
             except OSError as error:
                 raise OutputError(f"{self.name}: {error.strerror}") from error
 

@@ -213,7 +213,7 @@ def write_classes(names: tuple[str, ...]) -> int:
 
 def where(options: argparse.Namespace, output: "Output | None") -> str:
     """What became of the records so far."""
-    if output is None or output.path is None or not os.path.getsize(output.current):
+    if output is None or output.path is None or not (output.current.exists() and output.current.stat().st_size):
         return ""
     if options.format == "parquet":
         return "; the records so far are lost: a Parquet file is whole or none"
