@@ -61,8 +61,9 @@ def test_a_run_moves_whole_and_alone(tmp_path, capsys):
     assert files(tmp_path) == OTHERS | {f"previous/{name}" for name in RUN}
     assert not (tmp_path / "validate").exists()
     assert f"the run that was here is in {aside}" in capsys.readouterr().err
-    fill(tmp_path, {"config.yaml", "best.ckpt"})
+    fill(tmp_path, {"config.yaml", "model.safetensors"})
     assert put_aside(tmp_path) == tmp_path / "previous-2"
+    assert f"--model.pretrained {tmp_path / 'previous-2' / 'model.safetensors'}" in capsys.readouterr().err
     assert (tmp_path / "test/cat/1.png").exists()
 
 

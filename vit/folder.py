@@ -72,7 +72,8 @@ def put_aside(root: Path) -> Path | None:
     move_run(root, aside)
     begun = "--ckpt_path last would have gone on with it"
     if not (aside / "last.ckpt").exists():
-        begun = f"it was not saved yet, but its best is a start: --model.pretrained {aside / 'best.ckpt'}"
+        best = next(aside / name for name in RESULTS if (aside / name).exists())
+        begun = f"it has no last.ckpt, but its best is a start: --model.pretrained {best}"
     print(f"{root}: the run that was here is in {aside}; {begun}", file=sys.stderr)
     return aside
 
