@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vit.folder import check_writable, locked, put_aside, put_back, refuse_foreign
+from vit.folder import check_writable, locked, of_another, put_aside, put_back, refuse_foreign
 
 ROOT = Path(__file__).parent.parent
 RUN = {  # what a run leaves, and measurements of it
@@ -75,6 +75,17 @@ def test_a_run_that_was_put_aside_comes_back_in_place_of_one_that_did_not_begin(
     put_back(tmp_path, aside)
     assert files(tmp_path) == RUN | OTHERS
     assert not aside.exists()
+
+
+def test_whose_run_a_checkpoint_is_of(tmp_path):
+    fill(tmp_path, RUN | {"best three/1.ckpt"})
+    aside = put_aside(tmp_path)
+    assert aside
+    fill(tmp_path, RUN)
+    own = ("last.ckpt", "best three/1.ckpt")
+    assert [of_another(tmp_path / name, tmp_path) for name in own] == [False, False]
+    assert of_another(aside / "last.ckpt", tmp_path)
+    assert of_another(tmp_path / "last.ckpt", aside)
 
 
 def test_no_run_is_put_aside_where_none_is(tmp_path):

@@ -726,6 +726,24 @@ def test_a_run_goes_on_in_another_folder_and_what_was_there_is_put_aside(tmp_pat
     assert (one / "best.ckpt").exists()
 
 
+def test_a_run_that_was_put_aside_goes_on_in_its_old_place(tmp_path, monkeypatch):
+    """With its own best, not that of the run which had come there."""
+    monkeypatch.setitem(vit.cli.MEASURED, "val/loss", "max")  # that of the first epoch is the best, as above
+    for seed in range(2):
+        assert run("fit", tmp_path, "--trainer.max_epochs=1", "--checkpoint.mode=max", f"--seed_everything={seed}") == 0
+    best, last = weights(tmp_path / "previous" / "best.ckpt"), tmp_path / "previous" / "last.ckpt"
+    assert run("fit", tmp_path, "--trainer.max_epochs=2", "--checkpoint.mode=max", f"--ckpt_path={last}") == 0
+    assert all(torch.equal(value, best[key]) for key, value in weights(tmp_path / "best.ckpt").items())
+    assert "seed_everything: 1" in (tmp_path / "previous-2" / "config.yaml").read_text()
+
+
+def test_a_run_without_a_folder_is_in_the_present_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    assert train.main(["fit", *options, "--trainer.default_root_dir=null"]) == 0
+    assert {"best.ckpt", "last.ckpt", "config.yaml"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_checkpoints_of_one_s_own_do_not_become_the_best(tmp_path, monkeypatch):
     monkeypatch.setitem(vit.cli.MEASURED, "val/loss", "max")
     made = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, %s, dirpath: %s}}"

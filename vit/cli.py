@@ -23,7 +23,7 @@ from rich.console import Console
 from vit.checkpoint import load_checkpoint
 from vit.classifier import MOST_TABLED
 from vit.config import mentioned
-from vit.folder import RESULTS, check_writable, locked, put_aside, put_back, refuse_foreign
+from vit.folder import RESULTS, check_writable, locked, of_another, put_aside, put_back, refuse_foreign
 from vit.guard import Guard
 from vit.history import History
 from vit.model import VisionTransformer
@@ -61,6 +61,11 @@ def several(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def place(root: str | None) -> str:
+    """The folder of a run; as Lightning has it, the present one if none is named."""
+    return os.path.expanduser(root or ".")
+
+
 class TrainCLI(LightningCLI):
     """LightningCLI with what every run of this project has: facts linked, files in one folder, our progress bar."""
 
@@ -84,7 +89,7 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.compile", "data.compile")
         parser.add_lightning_class_args(Best, "checkpoint")  # the best; before the guard saves its state
-        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=place)
         parser.add_lightning_class_args(Guard, "guard")
         # --help is for people: one line instead of every option's name, and model and data before Lightning's trainer.
         parser.usage = "%(prog)s --config FILE [--model.NAME VALUE] [--data.NAME VALUE] [--trainer.NAME VALUE] ..."
@@ -111,8 +116,7 @@ class TrainCLI(LightningCLI):
         config, trainer = settings["model"], settings["trainer"]
         if isinstance(settings["seed_everything"], bool):
             raise ValueError("seed_everything takes a number: all that is drawn depends on it")
-        trainer["default_root_dir"] = os.path.expanduser(trainer["default_root_dir"] or ".")
-        settings["checkpoint"]["dirpath"] = trainer["default_root_dir"]
+        trainer["default_root_dir"] = place(trainer["default_root_dir"])
         if config["pretrained"]:
             leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
 
@@ -250,7 +254,7 @@ class TrainCLI(LightningCLI):
             words = f"checkpoint.monitor {chosen[-1]}, which cannot become {keeper.monitor}"
             raise ValueError(f"{file}: trained with {words}; {anew}")
         self._refuse_finished(root, file, state)
-        if not file.resolve().is_relative_to(root.resolve()) and self._writes("fit"):  # another's run goes on here
+        if of_another(file.resolve(), root.resolve()) and self._writes("fit"):
             self.aside = put_aside(root)
             if (best := file.parent / "best.ckpt").is_file():
                 shutil.copyfile(best, root / "best.ckpt")

@@ -78,6 +78,15 @@ def put_aside(root: Path) -> Path | None:
     return aside
 
 
+def of_another(checkpoint: Path, root: Path) -> bool:
+    """Whether a checkpoint is of a run with a folder of its own, such as ``previous``; both are absolute paths.
+
+    A folder within the run's, in which a ModelCheckpoint keeps some, is none.
+    """
+    folder = checkpoint.parent
+    return folder != root and (not folder.is_relative_to(root) or (folder / "config.yaml").exists())
+
+
 def put_back(root: Path, aside: Path) -> None:
     """Undo ``put_aside``, for a run that has not begun."""
     for path in parts_of_run(root):
