@@ -31,6 +31,11 @@ def pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def as_they_are(weights: Tensor) -> Tensor:
+    """Attention weights for those who want them whole."""
+    return weights
+
+
 class PatchEmbed(nn.Module):
     """Cut an image into patches and map each to a token.
 
@@ -182,12 +187,24 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, turns, first)
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
-    def explain(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> tuple[Tensor, Tensor]:
-        """``forward``, and the weights it is computed from: what each token (row) takes from every other (column)."""
+    def explain(
+        self, x: Tensor, turns: Tensor | None, first: int | None = None, keep: Callable[[Tensor], Tensor] = as_they_are
+    ) -> tuple[Tensor, Tensor]:
+        """``forward``, and what ``keep`` makes of the weights it is computed from, (B, h, first or N, N).
+
+        A weight is what a token (row) takes from another (column).
+        """
         q, k, v = self.heads(x, turns, first)
-        k = k.contiguous()  # before it is transposed: the product would copy it element by element
-        weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)  # (B, h, first or N, N), rows sum to 1
-        return self.merge(weights.to(v.dtype) @ v), weights
+        weights = self.weights(q, k)
+        kept = keep(weights)  # at once: the weights are in the processor's cache
+        return self.merge(weights.to(v.dtype) @ v), kept
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """How much each query (B, h, R, d) takes from each key (B, h, N, d): (B, h, R, N), rows sum to 1."""
+        # One pass for product and scale. Flat before it is transposed: the product would copy the keys one by one.
+        keys = k.flatten(0, 1).transpose(-2, -1)
+        scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1), keys, beta=0, alpha=self.scale)
+        return scores.softmax(-1).unflatten(0, q.shape[:2])
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -278,10 +295,12 @@ class Block(nn.Module):
         """The first tokens, or all, after this block: (B, first or N, D) from (B, N, D)."""
         return self.add(x[:, :first], self.attn(self.norm1(x), turns, first))
 
-    def explain(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> tuple[Tensor, Tensor]:
-        """``forward`` and the attention weights (B, h, first or N, N) it came from."""
-        attended, weights = self.attn.explain(self.norm1(x), turns, first)
-        return self.add(x[:, :first], attended), weights
+    def explain(
+        self, x: Tensor, turns: Tensor | None, first: int | None = None, keep: Callable[[Tensor], Tensor] = as_they_are
+    ) -> tuple[Tensor, Tensor]:
+        """``forward``, and what ``keep`` makes of the attention weights (B, h, first or N, N) it came from."""
+        attended, kept = self.attn.explain(self.norm1(x), turns, first, keep)
+        return self.add(x[:, :first], attended), kept
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
         """Tokens (B, N, D) with what attention took for them, and then with what the MLP makes of each."""
@@ -506,6 +525,6 @@ class VisionTransformer(nn.Module):
         """
         (x, turns), kept = self.embed(images), []
         for i, block in enumerate(self.blocks, 1):
-            x, weights = block.explain(x, turns, self.num_read if i == len(self.blocks) else None)
-            kept.append(keep(weights))
+            x, weights = block.explain(x, turns, self.num_read if i == len(self.blocks) else None, keep)
+            kept.append(weights)
         return self.forward_head(self.norm(x)), kept

@@ -175,12 +175,12 @@ def _rollout_by_rows(model: VisionTransformer, images: Tensor, ask: Question) ->
         q, k, v = (heads.contiguous() for heads in block.attn.heads(block.norm1(x), turns, first))
         attended = torch.empty_like(q, dtype=v.dtype)
         matrix = q.new_empty(len(q), q.shape[2], k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for image, keys in enumerate(k.transpose(-2, -1)):
+        for image in range(len(q)):
             for start in range(0, q.shape[2], ROWS):
-                rows = slice(start, start + ROWS)
-                weights = (q[image, :, rows] * block.attn.scale @ keys).softmax(-1)
-                attended[image, :, rows] = weights.to(v.dtype) @ v[image]
-                matrix[image, rows] = fuse_heads(weights[None], ask.fuse)[0]
+                one, rows = slice(image, image + 1), slice(start, start + ROWS)
+                weights = block.attn.weights(q[one, :, rows], k[one])
+                attended[one, :, rows] = weights.to(v.dtype) @ v[one]
+                matrix[one, rows] = fuse_heads(weights, ask.fuse)
         x = block.add(x[:, :first], block.attn.merge(attended))
         matrices.append(matrix)
     return model.forward_head(model.norm(x)), rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
@@ -316,6 +316,7 @@ LRP_RULES: dict[Callable, Callable] = {
     F.gelu: _lrp_activation(F.gelu),
     F.silu: _lrp_activation(F.silu),
     F.scaled_dot_product_attention: _lrp_attention,
+    torch.baddbmm: lambda *args, **options: _halved(torch.baddbmm(*args, **options)),
     Tensor.matmul: lambda a, b: _halved(a @ b),  # what a @ b arrives as
 }
 
