@@ -40,8 +40,10 @@ def rollout(attentions: Sequence[Tensor], start: Tensor) -> Tensor:
         start: Weight of each of the last layer's rows in what is classified, (R,) or (B, R).
     """
     row = start.to(attentions[-1].dtype).expand(attentions[-1].shape[:2])
-    for attention in reversed(attentions):
-        row = (_widened(row, attention) + _times(row, attention)) / 2
+    with torch.autocast(row.device.type, enabled=False):  # which would round the products to 16 bits
+        for attention in reversed(attentions):
+            residual = _widened(row, attention)[:, None]
+            row = torch.baddbmm(residual, row[:, None], attention, beta=0.5, alpha=0.5)[:, 0]
     return row  # (B, N)
 
 
@@ -159,14 +161,14 @@ def fusable(model: VisionTransformer, images: Tensor) -> bool:
     return works(images.device, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else images.dtype)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     protect = 0 if model.pool == "token" else None
     logits, matrices = model.forward_attention(images, lambda weights: ask.matrix(weights, protect))
     return logits, rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _rollout_by_rows(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     # Blocks of rows, whose weights stay in a processor's cache until the heads are fused and the values multiplied.
     (x, turns), matrices = model.embed(images), []
@@ -186,7 +188,7 @@ def _rollout_by_rows(model: VisionTransformer, images: Tensor, ask: Question) ->
     return model.forward_head(model.norm(x)), rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _last(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     *blocks, last = model.blocks
     x, turns = model.embed(images)
