@@ -1,10 +1,11 @@
 """What a map costs: logits and map against the plain fused forward, in turns: ``python -m benchmarks.explain_speed``.
 
-``times`` is the median of the turns' ratios, with the middle half of them as its spread. Memory is the peak of a
-process (CPU) or of the device's allocator (GPU) that does one thing once, less what stood before it; ``limit`` is 1.3
-times that of the forward pass and a matrix of N x N floats for each layer and image. Where fast-vit-rollout is
-installed it takes part, with timm's model of the same weights (whose attention it needs unfused) and nothing discarded;
-``difference`` is the largest one between its rollout and ours.
+A turn is two batches, of which the second is timed: with the caches and the memory that the first one left, as in a run
+of many, not those of the method before. ``times`` is the median of the turns' ratios, with the middle half of them as
+its spread. Memory is the peak of a process (CPU) or of the device's allocator (GPU) that does one thing once, less what
+stood before it; ``limit`` is 1.3 times that of the forward pass and a matrix of N x N floats for each layer and image.
+Where fast-vit-rollout is installed it takes part, with timm's model of the same weights (whose attention it needs
+unfused) and nothing discarded; ``difference`` is the largest one between its rollout and ours.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from vit.model import VisionTransformer
 from vit.rollout import METHODS, attention_map
 
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {  # arguments, batch, turns for each that is asked for
-    "128/4 @32": (dict(image_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4), 64, 2),
-    "ViT-Ti/16 @224": (dict(image_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3), 8, 2),
-    "ViT-S/16 @224": (dict(image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6), 8, 2),
+    "128/4 @32": (dict(image_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4), 64, 10),
+    "ViT-Ti/16 @224": (dict(image_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3), 8, 10),
+    "ViT-S/16 @224": (dict(image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6), 8, 4),
     "ViT-S/16 @384": (dict(image_size=384, patch_size=16, embed_dim=384, depth=12, num_heads=6), 8, 1),
     "ViT-S/14 @518": (dict(image_size=518, patch_size=14, embed_dim=384, depth=12, num_heads=6), 8, 1),
 }
@@ -85,6 +86,7 @@ def seconds(name: str, methods: list[str], options: argparse.Namespace) -> dict[
     times: dict[str, list[float]] = {method: [] for method in methods}
     for turn in range(options.warm_up + options.repeat * MODELS[name][2]):
         for method in methods[:: 1 if turn % 2 else -1]:
+            once(runs[method], images, options.precision)
             sync()
             start = time.perf_counter()
             once(runs[method], images, options.precision)
@@ -135,7 +137,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repeat", type=int, default=4, help="timed turns of each method; twice as many up to 224 px")
+    parser.add_argument("--repeat", type=int, default=4, help="timed turns of each method; small models take more")
     parser.add_argument("--warm-up", type=int, default=1, help="turns before that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 from data.augment import (
     CHANGES,
     DRAWS,
+    LEVELS,
     Augment,
     _mix,
     change_levels,
@@ -494,3 +495,9 @@ def test_mixing_ends_where_it_should_and_is_repeatable():
     assert [augment.mixes(epoch / 5) for epoch in range(5)] == [True, True, True, False, False]
     assert Augment(cutmix=0.1).mixes(0.999)
     assert not Augment().mixes(0)
+
+
+def test_sharpness_invents_no_edge_at_the_border():
+    plain = torch.full((2, 3, 5, 7), 100.0)
+    found = LEVELS["sharpness"](plain, torch.tensor([-0.9, 0.9]).view(2, 1, 1, 1))
+    torch.testing.assert_close(found, plain)

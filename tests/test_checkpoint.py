@@ -443,3 +443,15 @@ def test_lightning_checkpoint_with_odd_contents(tmp_path):
     ):
         torch.save(contents, file)
         refusal(file)
+
+
+def test_what_older_versions_do_not_know_is_there_only_where_it_says_something():
+    described = checkpoint.describe(replace(ABOUT, architecture=ABOUT.architecture | {"rope": False}))
+    assert "rope" not in described["architecture"]
+    assert "white" not in described["preprocess"]
+    preprocess = replace(ABOUT.preprocess, white=9.0)
+    described = checkpoint.describe(
+        replace(ABOUT, architecture=ABOUT.architecture | {"rope": True}, preprocess=preprocess)
+    )
+    assert described["architecture"]["rope"] is True
+    assert described["preprocess"]["white"] == 9.0

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vit import gallery as module
 from vit.checkpoint import Checkpoint
-from vit.gallery import NAME_MAX, Gallery, explored, map_name
+from vit.gallery import NAME_MAX, PATH_MAX, Gallery, explored, map_name
 from vit.model import VisionTransformer
 from vit.predictor import Predictor
 from vit.preprocess import Preprocess
@@ -57,6 +57,7 @@ def test_different_images_have_different_maps(absolute):
         "b/a.jpg", "/b/a.jpg", "../b/a.jpg", "%2E%2E/b/a.jpg", "%2F/b/a.jpg",
         "%2E/b/a.jpg",
         "b%2Fa.jpg", "b\\a.jpg", "b\n.jpg", "b%0A.jpg", *("x" * n + ".jpg" for n in (247, 248, 249, 251)),
+        *(f"{'ü/' * 1300}{name}.jpg" for name in "ab"),
         "y" * 251 + ".jpg", "y" * 250 + "z.jpg", "ü" * 125 + ".png", "ü" * 125 + ".gif",
     ]  # fmt: skip
     names = [map_name(path, absolute=absolute) for path in paths]
@@ -66,6 +67,7 @@ def test_different_images_have_different_maps(absolute):
         assert not name.startswith("/")
         assert ".." not in parts
         assert max(len(part.encode()) for part in parts) <= NAME_MAX
+        assert len(name.encode()) <= PATH_MAX
         assert name.isprintable()
 
 
@@ -164,6 +166,10 @@ def test_a_report_that_cannot_be_written_is_said_before_any_work(predictor, tmp_
     for report, reason in ((page / "r.html", "Not a directory"), (tmp_path, "Is a directory")):
         with pytest.raises(OutputError, match=f"^{report}: {reason}$"):
             Gallery(predictor, method="rollout", folder=None, report=str(report))
+    long = tmp_path / f"{'x' * 244}.html"  # which leaves no room for what it is called as it grows
+    with pytest.raises(OutputError, match="File name too long"):
+        Gallery(predictor, method="rollout", folder=None, report=str(long))
+    assert not long.exists()
     Gallery(predictor, method="rollout", folder=None, report=str(page))
     assert page.read_text() == "old"
 
@@ -185,7 +191,13 @@ def test_a_run_without_images_writes_nothing(predictor, tmp_path):
 def test_a_folder_in_which_no_page_can_grow_is_known_at_once(predictor, tmp_path, monkeypatch):
     """Though the page of before may be written itself."""
     (report := tmp_path / "report.html").write_text("before")
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+
+    def in_a_folder_of_others(file: Any, *mode: str) -> Any:
+        if not os.path.exists(file):
+            raise PermissionError(13, "Permission denied")
+        return open(file, *mode)
+
+    monkeypatch.setattr(module, "open", in_a_folder_of_others, raising=False)
     with pytest.raises(OutputError, match=r"report\.html: Permission denied"):
         Gallery(predictor, method="rollout", folder=None, report=str(report))
     assert report.read_text() == "before"

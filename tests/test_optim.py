@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from timm.optim.muon import Muon
 
 from vit.model import VisionTransformer
@@ -157,3 +158,29 @@ def test_shapes_of_the_way_down():
     assert [cosine(step) for step in (10, 35, 60, 85)] == pytest.approx(
         [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]
     )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_closure_is_called_with_gradients_and_its_loss_given(model, name):
+    optimizer = build_optimizer(model, name=name, **RATES)
+    before = model.head.weight.detach().clone()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 1, 8, 8)).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    with torch.no_grad():  # Lightning's loop steps so
+        loss = optimizer.step(closure)
+    assert loss > 0
+    assert not torch.equal(before, model.head.weight)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_lightning_may_clip_gradients_in_mixed_precision(model, name):
+    model.head.weight.grad = torch.full_like(model.head.weight, 3.0)
+    MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")).clip_gradients(
+        build_optimizer(model, name=name, **RATES), 1.0
+    )
+    assert model.head.weight.grad.norm() <= 1.0001

@@ -578,3 +578,23 @@ def test_no_images_give_no_maps(method):
     model = build()
     logits, maps = attention_map(model, images_for(model)[:0], method=method)
     assert (logits.shape, maps.shape) == ((0, model.architecture["num_classes"]), (0, *model.grid_size))
+
+
+@pytest.mark.parametrize("function", [module.rollout, module.relevance], ids=lambda function: function.__name__)
+def test_matrices_are_multiplied_in_full_under_autocast(function):
+    torch.manual_seed(0)
+    layers = [torch.rand(2, 9, 9).softmax(-1) for _ in range(4)]
+    expected = function([layer.double() for layer in layers], torch.full((9,), 1 / 9).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = function(layers, torch.full((9,), 1 / 9))
+        fused = fuse_heads(torch.stack(layers, 1))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(fused, sum(layers) / 4, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_and_logits_can_be_trained_with(model, method):
+    logits, maps = attention_map(model, images_for(model), method=method)
+    weight = torch.ones((), requires_grad=True)  # of something that learns from them, which keeps them for its gradient
+    ((weight * maps).sum() + (weight * logits).sum()).backward()
+    torch.testing.assert_close(weight.grad, maps.sum() + logits.sum())

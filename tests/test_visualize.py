@@ -84,6 +84,10 @@ def test_enlarged_keeps_the_order_of_patches():
     assert enlarged(grid, 50, 70).max() <= 1
 
 
+def test_what_only_rounding_tells_apart_is_not_drawn_as_a_map():
+    assert not enlarged(np.array([[0.25, 0.25], [0.25, 0.2500001]]), 8, 8).any()
+
+
 @pytest.mark.parametrize("grid", [np.full((3, 3), 1 / 9), np.zeros((2, 2)), np.array([[np.nan, 1.0]])])
 def test_no_contrast_is_invented_or_stumbled_over(grid):
     strength = enlarged(grid, 12, 12)

@@ -18,7 +18,7 @@ from torch import Tensor
 from vit.predictor import Predictor, batches
 from vit.preprocess import ImageError, open_image
 from vit.records import OutputError, shown
-from vit.report import LONGEST, write_report
+from vit.report import LONGEST, unfinished, write_report
 from vit.rollout import CLASS_METHOD, CLASS_SPECIFIC, attention_map, layer_attention
 from vit.survey import CLASSES, SURVEYED, Survey
 from vit.visualize import LARGEST, contact_sheet, overlay
@@ -31,6 +31,7 @@ PATCHES = 2**24  # ... of so many squares of patches together: 64 MiB
 METHOD = "map"  # the name under which a picture says how its map was made
 ASKED, LIKELY = 5, 0.02  # classes an image's report has maps for, at most; those above this probability, at least two
 NAME_MAX = 255  # bytes that file systems allow a name
+PATH_MAX = 3072  # bytes of a map's path in its folder: systems allow 4,096 of all, and an image's may be near that
 
 
 def map_name(path: str, *, absolute: bool = False) -> str:
@@ -50,6 +51,8 @@ def map_name(path: str, *, absolute: bool = False) -> str:
     slash = path.startswith("/")
     root = [] if slash == absolute else [_percent("/" if slash else ".")]
     name = "/".join(root + [_short(part) for part in parts])
+    if len(name.encode()) > PATH_MAX:
+        return f"%{_hash(name)}.png"
     return f"%73{name[1:]}" if re.fullmatch(r"sheet(-\d+-of-\d+)?\.png", name) else name
 
 
@@ -76,8 +79,12 @@ def _short(part: str) -> str:
     """A name of at most NAME_MAX bytes: a long one keeps its beginning and gets a hash of the whole."""
     if len(part.encode()) <= NAME_MAX:
         return part
-    ending = f"%{hashlib.sha256(part.encode()).hexdigest()[:16]}.png"
+    ending = f"%{_hash(part)}.png"
     return part.encode()[: NAME_MAX - len(ending)].decode(errors="ignore") + ending
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Gallery:
@@ -116,7 +123,7 @@ class Gallery:
         if report:
             with _named(report):
                 _try(report)
-                _try_folder(Path(os.path.realpath(report)).parent)  # the page grows in it, under another name
+                _try(unfinished(report))  # under which name the page grows, perhaps in another folder
         if folder:
             with _named(folder):
                 _try_folder(Path(folder))

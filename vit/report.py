@@ -44,10 +44,9 @@ def write_report(
             page without that part.
         total: How many images the entries were chosen from; 0 where they are all.
     """
-    path = Path(os.path.realpath(path))
+    partial, path = unfinished(path), Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     before, after = resources.files("vit").joinpath("report.html").read_text("utf-8").split("/*DATA*/")
-    partial = path.with_name(f".{path.name}.partial")  # a page may take minutes: who stops it keeps the one before
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(before)
@@ -61,6 +60,12 @@ def write_report(
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def unfinished(path: str | Path) -> Path:
+    """Where a page grows: it may take minutes, and who stops it keeps the one before. A link stays one."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.name}.partial")
 
 
 def _json(value: Any) -> str:
