@@ -192,7 +192,7 @@ def test_a_folder_in_which_no_page_can_grow_is_known_at_once(predictor, tmp_path
     """Though the page of before may be written itself."""
     (report := tmp_path / "report.html").write_text("before")
 
-    def in_a_folder_of_others(file: Any, *mode: str) -> Any:
+    def in_a_folder_of_others(file: Any, *mode: Any) -> Any:
         if not os.path.exists(file):
             raise PermissionError(13, "Permission denied")
         return open(file, *mode)

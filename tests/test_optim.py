@@ -165,7 +165,7 @@ def test_a_closure_is_called_with_gradients_and_its_loss_given(model, name):
     optimizer = build_optimizer(model, name=name, **RATES)
     before = model.head.weight.detach().clone()
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = model(torch.ones(2, 1, 8, 8)).square().sum()
         loss.backward()

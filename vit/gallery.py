@@ -206,7 +206,7 @@ def _named(file: str) -> Iterator[None]:
         raise OutputError(f"{file}: {error.strerror or error}") from error
 
 
-def _try(file: str) -> None:
+def _try(file: str | Path) -> None:
     """Open a file to write, and leave all as it was but for its folder, which is made."""
     with suppress(FileExistsError):  # its folder is a file: what opening it says is clearer
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
