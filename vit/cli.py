@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
+from enum import Enum
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -322,6 +323,11 @@ class TrainCLI(LightningCLI):
             raise ValueError(
                 f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
             )
+        callbacks = config["callbacks"] or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            for name, value in callback.get("init_args", {}).items():
+                if isinstance(value, Enum):  # Timer's default, which config.yaml could not hold
+                    callback["init_args"][name] = value.value
         if self.subcommand != "fit" and config["logger"] is not None:
             self.save_config_callback = None  # it would put this command's config.yaml in the place of the run's
         balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
