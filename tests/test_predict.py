@@ -492,6 +492,7 @@ def test_asked_to_stop(number, code, checkpoint, images, tmp_path):
 
 def fed(paths: Path, err: Path, args: list[str]) -> None:
     """The command with standard input and standard error on files."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     sys.stdin, sys.stderr = paths.open(), err.open("w")
     command(args)
 
