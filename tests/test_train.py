@@ -671,6 +671,11 @@ def test_last_is_that_of_this_folder(tmp_path):
         assert torch.load(tmp_path / name / "last.ckpt", weights_only=True)["global_step"] == 5
 
 
+def test_a_setting_that_is_an_enumeration_is_written_as_its_text(tmp_path):
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--trainer.callbacks+=Timer") == 0
+    assert "interval: step" in (tmp_path / "config.yaml").read_text()
+
+
 def test_a_measurement_leaves_the_settings_of_the_run_alone(fitted, tmp_path):
     shutil.copytree(fitted, root := tmp_path / "run")
     assert run("test", root, "--ckpt_path=best", "--trainer.logger=false", "--data.batch_size=7") == 0
