@@ -75,7 +75,11 @@ def parser() -> argparse.ArgumentParser:
         help="ray: --workers processes [one a GPU or core] of the cluster at RAY_ADDRESS, or of this machine [local]",
     )  # fmt: skip
     group.add_argument(
-        "--shard", metavar="I/N", type=shard, default=(1, 1), help="part I of N (1 to N): every Nth 64 images"
+        "--shard",
+        metavar="I/N",
+        type=shard,
+        default=(1, 1),
+        help="part I of N (1 to N); blocks of 64 images are dealt out in turn",
     )
     return p
 
