@@ -525,6 +525,6 @@ class VisionTransformer(nn.Module):
         """
         (x, turns), kept = self.embed(images), []
         for i, block in enumerate(self.blocks, 1):
-            x, weights = block.explain(x, turns, self.num_read if i == len(self.blocks) else None, keep)
-            kept.append(weights)
+            x, of_block = block.explain(x, turns, self.num_read if i == len(self.blocks) else None, keep)
+            kept.append(of_block)
         return self.forward_head(self.norm(x)), kept
