@@ -316,10 +316,12 @@ def test_two_classes_have_no_top_five(tmp_path):
     assert "val/acc5" not in trainer(tmp_path).validate(model, loader(batch), verbose=False)[0]
 
 
-def test_a_test_counts_what_was_taken_for_what(tmp_path, measured):
+@pytest.mark.parametrize("what", ["test", "validate"])
+def test_a_measurement_counts_what_was_taken_for_what(tmp_path, measured, what):
     model, batch, probabilities = measured
+    model.confusion = None
     for _ in range(2):  # the second counts from nothing
-        trainer(tmp_path).test(model, loader(*parts(batch, 8)), verbose=False)
+        getattr(trainer(tmp_path), what)(model, loader(*parts(batch, 8)), verbose=False)
     expected = metrics.confusion_matrix(batch.labels.numpy(), probabilities.argmax(1), labels=range(len(CLASSES)))
     assert model.confusion is not None
     assert model.confusion.tolist() == expected.tolist()

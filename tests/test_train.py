@@ -327,6 +327,14 @@ def test_help_begins_with_what_is_ours(capsys):
     places = [found.index(name) for name in names]
     assert places == sorted(places)
     assert found[: places[1]].count("\n") < 40
+    assert "Train, or go on where a run was stopped" in found[: places[1]]
+    told = " ".join(found.split())
+    assert "``best`` of the folder --trainer.default_root_dir" in told
+    assert "Its architecture; with --model.pretrained that of those weights" in told
+    assert "Number of blocks. (type: int, default: 12)" in told
+    # Words of the libraries for what we refuse, and for what means nothing to a reader.
+    for no in ("Conditional", "NOT_ACCEPTED", "Linked arguments", "optimization routine", "save_top_k", "registry"):
+        assert no not in found
 
 
 class Bomb:
@@ -507,6 +515,9 @@ def test_classes_of_different_size(tmp_path, capfd):
         named = [predictor.predict(file).label for file in files]
         assert [named.count(name) for name in predictor.class_names] == row
         assert re.search(rf"{label} .* 5 .* {row[predictor.class_names.index(label)] / 5:.1%}", printed)
+    assert run("validate", root, *data, "--ckpt_path=best") == 0
+    assert "right when named" in capfd.readouterr().out
+    assert (root / "validate" / "confusion.csv").read_text().startswith("of the class,named few,")
 
 
 def test_a_table_too_large_is_said_not_to_be_made(fitted, tmp_path, monkeypatch, capfd):

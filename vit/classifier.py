@@ -140,8 +140,8 @@ class ViTClassifier(LightningModule):
         self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
         self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15)
         few = len(class_names) <= MOST_TABLED
-        self.test_confusion = MulticlassConfusionMatrix(len(class_names), validate_args=False) if few else None
-        self.confusion: Tensor | None = None  # images of each class (row) that were given each class, of the last test
+        self.confusion_matrix = MulticlassConfusionMatrix(len(class_names), validate_args=False) if few else None
+        self.confusion: Tensor | None = None  # of the last measurement: images of each class (row) given each class
         self.fit_temperature = Temperature()
         self.register_buffer("temperature", torch.tensor(1.0))
         self.total_steps, self.started, self.minutes = 1, time.monotonic(), 0.0
@@ -233,19 +233,22 @@ class ViTClassifier(LightningModule):
         return round(height * factor), round(width * factor)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.fit_temperature.update(self._evaluate("val", batch, self.val_loss, self.val_metrics), batch.labels)
+        logits = self._evaluate("val", batch, self.val_loss, self.val_metrics)
+        self.fit_temperature.update(logits, batch.labels)
+        if self.confusion_matrix is not None and self.trainer.state.fn == "validate":
+            self.confusion_matrix.update(logits.argmax(-1), batch.labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self._evaluate("test", batch, self.test_loss, self.test_metrics)
         self.test_ece_calibrated.update((logits / self.temperature).softmax(-1), batch.labels)
         self.log("test/ece_calibrated", self.test_ece_calibrated, on_step=False, on_epoch=True)
-        if self.test_confusion is not None:
-            self.test_confusion.update(logits.argmax(-1), batch.labels)
+        if self.confusion_matrix is not None:
+            self.confusion_matrix.update(logits.argmax(-1), batch.labels)
 
     def on_test_epoch_end(self) -> None:
-        if self.test_confusion is not None:
-            self.confusion = self.test_confusion.compute().cpu()
-            self.test_confusion.reset()
+        if self.confusion_matrix is not None:
+            self.confusion = self.confusion_matrix.compute().cpu()
+            self.confusion_matrix.reset()
 
     def _evaluate(self, stage: str, batch: Batch, loss: MeanMetric, metrics: MetricCollection) -> Tensor:
         logits = self.vit(batch.images).float()
@@ -260,6 +263,8 @@ class ViTClassifier(LightningModule):
         if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.temperature.copy_(self.fit_temperature.compute())
         self.fit_temperature.reset()
+        if self.trainer.state.fn == "validate":
+            self.on_test_epoch_end()
 
     # Optimisation
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterable
 from contextlib import nullcontext
 from enum import Enum
@@ -34,13 +35,31 @@ from vit.saving import Best, CheckpointFile, keeper_of
 
 COMMANDS = {
     "fit": "train, or go on where a run was stopped (--ckpt_path last)",
-    "validate": "measure a checkpoint on the validation images",
+    "validate": "measure a checkpoint on the validation images, class by class",
     "test": "measure a checkpoint on the test images, class by class",
 }
 MEASURED = {  # what can be monitored, and which way it is better
     **dict.fromkeys(("train/loss", "val/loss", "val/ece"), "min"),
     **dict.fromkeys(("val/acc", "val/balanced_acc", "val/acc5"), "max"),
 }
+TITLES = {  # of --help
+    "vit": "Its architecture; with --model.pretrained that of those weights, where nothing else is asked for",
+    "trainer": "Lightning's trainer",
+}
+HELP = {  # where a library's own words do not fit
+    "config": "YAML file of settings; a later one is laid over those before it, options over all.",
+    "seed_everything": "What all that is drawn depends on: with the same number a run is the same.",
+    "ckpt_path": (
+        "``last`` or ``best`` of the folder --trainer.default_root_dir, or a .ckpt file: what is measured, or with "
+        "``fit`` gone on with; ``last`` begins where there is none."
+    ),
+    "checkpoint.monitor": f"What chooses the best: {', '.join(MEASURED)}; null keeps the last.",
+    "checkpoint.mode": "Which way it is better: min for a loss and for ece.",
+}
+HIDDEN = re.compile(
+    r"checkpoint\.(?!monitor|mode)\w+|weights_only|"
+    r"trainer\.(overfit_batches|limit_predict_batches|model_registry|use_distributed_sampler)"
+)
 REFUSED = {  # callbacks of Lightning, and why
     "StochasticWeightAveraging": "averages behind the last save; EMAWeightAveraging is kept in checkpoints",
     "OnExceptionCheckpoint": "leaves a file that Lightning would start the next run from; last.ckpt is kept anyway",
@@ -83,6 +102,15 @@ class TrainCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         for action in cast(Any, parser)._subcommands_action._choices_actions:
             action.help = COMMANDS[action.dest]  # Lightning's end in the middle of a sentence
+        for name, part in cast(Any, self._subcommand_parsers).items():  # and its --help is that of a library
+            part.description = COMMANDS[name][0].upper() + COMMANDS[name][1:] + "."
+            for title, group in part.groups.items():
+                group.title = TITLES.get("vit" if title.startswith("vit.") else title, group.title)
+            part.groups[name].title = "Weights"
+            part._action_groups = [group for group in part._action_groups if group.title != "Linked arguments"]
+            for action in part._actions:
+                hidden = HIDDEN.fullmatch(action.dest)  # refused, or of no use here
+                action.help = SUPPRESS if hidden else HELP.get(action.dest, action.help)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for fact in FACTS:
@@ -281,9 +309,9 @@ class TrainCLI(LightningCLI):
         confusion, names = self.model.confusion, self.model.class_names
         if not self.trainer.is_global_zero:
             return
-        path = Path(self.trainer.default_root_dir, "test", "confusion.csv")
+        path = Path(self.trainer.default_root_dir, str(self.subcommand), "confusion.csv")
         if confusion is None:
-            path.unlink(missing_ok=True)  # of an earlier test
+            path.unlink(missing_ok=True)  # of an earlier measurement
             print(
                 f"no table of the classes, and no confusion.csv: {len(names):,} classes are more than {MOST_TABLED:,}"
             )
@@ -295,6 +323,8 @@ class TrainCLI(LightningCLI):
             rows.writerow(["of the class", *(f"named {name}" for name in names)])
             rows.writerows([name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True))
         print(f"all of them, what was taken for what: {path}")
+
+    after_validate = after_test
 
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning takes and our runs cannot do."""

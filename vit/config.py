@@ -1,12 +1,14 @@
 """Settings, in YAML files and on the command line: what is wrong is said in one line, with the file and its line."""
 
 import re
+from argparse import Action
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -58,10 +60,23 @@ def check_config(path: str | Path) -> None:
         raise ConfigError(f"{path}: holds no settings, as 'model:' and below it '  lr: 0.001'")
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Defaults that hold only without ``model.pretrained`` are shown like any other."""
+
+    def _expand_help(self, action: Action) -> str:
+        return re.sub(r"Conditional<[\w-]+> {(.*), NOT_ACCEPTED}", r"\1", super()._expand_help(action))
+
+
 class Parser(LightningArgumentParser):
+    """Lightning's, whose mistakes and help are for people."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line, with the option that was perhaps meant; the usual way is to print all options first."""
-        message = re.sub(r"(?<=required: )(fit|validate|test)\.", "--config FILE or --", message)
+        if re.search(r"required: (fit|validate|test)\.data\.dataset", message):
+            message = "no data set is named: give --data.dataset, or a --config FILE that names one"
         union = r'Parser key "([\w.]+)":.*?Does not validate against any of the Union subtypes(.*)Given value: (.*)'
         if mistaken := re.search(union, message, re.S):  # whose text names types of Python, not what to write
             name, types, value = mistaken.groups()
