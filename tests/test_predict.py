@@ -538,6 +538,8 @@ def test_resuming_refuses_other_images_and_other_options(run, images, tmp_path):
     assert "where the images now have" in err
     code, _, err = run(*options, "--top-k", 2, "--resume")
     assert code == 2
+    assert err.count("\n") == 1  # no summary: this run has classified nothing
+    assert f"{out}: this run gives another record for " in err
     assert "other weights, options or machine" in err
     assert out.read_bytes() == whole
     assert not (tmp_path / "out.jsonl.partial").exists()

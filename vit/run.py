@@ -172,7 +172,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (OutputError, ClusterError) as error:
-        if summary.classified + summary.failed:
+        if summary.new:
             summary.tell(inputs)
         say(f"predict.py: {error}{where(options, output) if summary.new else ''}")
         return USAGE
@@ -307,7 +307,7 @@ def classify(
                 before, data = again[done]
                 if output.format.record(record) != data and "error" not in before:
                     raise OutputError(
-                        f"{output.name}: this run gives another record for {record['path']} than the unfinished one: "
+                        f"{output.current}: this run gives another record for {record['path']} than is in it: "
                         "other weights, options or machine; run without --resume to start again"
                     )
             else:
