@@ -33,16 +33,16 @@ class Augment:
         scale: Largest zoom either way, as a share in [0, 1); 0.1 means 0.9 to 1.1. Half of the images are neither
             turned nor zoomed, as both blur a little and the model shall see sharp images too.
         color: Largest change of brightness (in standard deviations), contrast and saturation (as shares), in [0, 1).
-        erase: Probability that a square of up to half the side is blanked, in [0, 1] (1708.04552).
+        erase: Probability that a square of up to half the side is blanked, in [0, 1] (arXiv:1708.04552).
         crop: Smallest part that a random crop keeps, as a share of the area in (0, 1]; its sides are stretched by up to
             4/3 against each other, as far as they fit, and it is resized to the whole image (1409.4842). 0.35 and above
             suit small sets; 0: no crop.
-        policy: Probability of one change more, of random strength, drawn from ``CHANGES``, in [0, 1] (TrivialAugment,
-            2103.10158, without equalize).
+        policy: Probability of one change more, of random kind (shear, turn, colour, sharpness ...) and strength, in
+            [0, 1] (TrivialAugment, arXiv:2103.10158, without equalize).
         mixup: Probability that an image is blended with another, in any proportion, and so its label, in [0, 1]
-            (1710.09412).
-        cutmix: Probability that a rectangle of any size comes from another image, in [0, 1] (1905.04899); with mixup at
-            most 1.
+            (arXiv:1710.09412).
+        cutmix: Probability that a rectangle of any size comes from another image, in [0, 1] (arXiv:1905.04899); with
+            mixup at most 1.
         mix_until: Share of the run's epochs, in [0, 1], after which images are neither blended nor pasted, so that the
             last ones are clean.
 

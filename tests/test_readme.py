@@ -72,13 +72,15 @@ def test_files_and_pictures_exist() -> None:
             assert (ROOT / path).exists(), path
 
 
-def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (script,) = (block for block in BLOCKS if "from vit import" in block)
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 30), "teal").save("photo.jpg")
-    exec(script, {})
-    with Image.open("map.png") as picture:
-        assert picture.width > 40
+    exec("".join(examples), {})
+    for name, width in (("map.png", 41), ("pixels.png", 32)):
+        with Image.open(name) as picture:
+            assert picture.width >= width
 
 
 def test_sample_of_records_is_what_is_written(

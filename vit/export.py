@@ -38,11 +38,11 @@ def to_timm(model: VisionTransformer) -> nn.Module:
     """
     import timm
 
-    a = model.architecture
+    a, otherwise = model.architecture, "use --format onnx, or train from scratch with --model."
     if a["stem"] != "linear":
-        raise CheckpointError(f"timm has no stem {a['stem']!r}: use --format onnx, or train with --model.stem linear")
+        raise CheckpointError(f"timm has no stem {a['stem']!r}: {otherwise}stem linear")
     if a["rope"]:
-        raise CheckpointError("timm's model has no rope: use --format onnx, or train with --model.rope false")
+        raise CheckpointError(f"timm's model has no rope: {otherwise}rope false")
     if a["norm_eps"] not in TIMM_BASE:
         raise CheckpointError(f"timm cannot be told norm_eps {a['norm_eps']}, only {', '.join(map(str, TIMM_BASE))}")
     same = (

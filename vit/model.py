@@ -321,7 +321,7 @@ class VisionTransformer(nn.Module):
         num_heads: Attention heads in a block.
         mlp_ratio: Hidden width of a block's MLP over embed_dim.
         qkv_bias: Whether queries, keys and values have a bias.
-        drop_path_rate: Stochastic depth of the last block in [0, 1), growing linearly from 0 (1603.09382).
+        drop_path_rate: Stochastic depth of the last block in [0, 1), growing linearly from 0 (arXiv:1603.09382).
         pool: What is classified: ``token``, a learned class token, or ``mean`` of the patch tokens.
         stem: How a patch becomes a token: ``linear``, or ``conv`` for three small convolutions.
         qk_norm: Whether queries and keys are normalised before their product; steadier at high learning rates.
