@@ -1,11 +1,13 @@
 """What a map costs: logits and map against the plain fused forward, in turns: ``python -m benchmarks.explain_speed``.
 
-A turn is two batches, of which the second is timed: with the caches and the memory that the first one left, as in a run
-of many, not those of the method before. ``times`` is the median of the turns' ratios, with the middle half of them as
-its spread. Memory is the peak of a process (CPU) or of the device's allocator (GPU) that does one thing once, less what
-stood before it; ``limit`` is 1.3 times that of the forward pass and a matrix of N x N floats for each layer and image.
-Where fast-vit-rollout is installed it takes part, with timm's model of the same weights (whose attention it needs
-unfused) and nothing discarded; ``difference`` is the largest one between its rollout and ours.
+Each method takes turns with the forward pass alone, on a CPU in a process of its own, as where nothing else is asked
+for. A turn is two batches, of which the second is timed: with the caches and the memory that the first one left, as in
+a run of many. ``times`` is the median of the turns' ratios, with the middle half of them as its spread; the forward
+pass beside itself shows what chance does. Memory is the peak of a process (CPU) or of the device's allocator (GPU)
+that does one thing once, less what stood before it; ``limit`` is 1.3 times that of the forward pass and a matrix of N
+x N floats for each layer and image. Where fast-vit-rollout is installed it takes part, with timm's model of the same
+weights (whose attention it needs unfused) and nothing discarded; ``difference`` is the largest one between its rollout
+and ours.
 """
 
 import argparse
@@ -78,21 +80,22 @@ def once(run: Work, images: torch.Tensor, precision: str) -> Any:
         return run(images)
 
 
-def seconds(name: str, methods: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Times of each method, all taking turns, backwards every other turn."""
+def seconds(name: str, method: str, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Times of the forward pass and of the method, taking turns, in the other order every other turn."""
+    keep_freed_memory()  # as predict.py does; both have the good of it
     model, images = prepare(name, options)
-    runs = {method: work(method, model) for method in methods}
+    runs = (model, work(method, model))
     sync = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
-    times: dict[str, list[float]] = {method: [] for method in methods}
+    times: tuple[list[float], list[float]] = ([], [])
     for turn in range(options.warm_up + options.repeat * MODELS[name][2]):
-        for method in methods[:: 1 if turn % 2 else -1]:
-            once(runs[method], images, options.precision)
+        for i in (0, 1) if turn % 2 else (1, 0):
+            once(runs[i], images, options.precision)
             sync()
             start = time.perf_counter()
-            once(runs[method], images, options.precision)
+            once(runs[i], images, options.precision)
             sync()
             if turn >= options.warm_up:
-                times[method].append(time.perf_counter() - start)
+                times[i].append(time.perf_counter() - start)
     return times
 
 
@@ -121,6 +124,14 @@ def peak(name: str, method: str, options: argparse.Namespace) -> float:
     return (resident("VmHWM") - before) / 2**10
 
 
+def apart(function: Callable[..., Any], name: str, method: str, options: argparse.Namespace) -> Any:
+    """What a function gives, on a CPU in a fresh process: memory and caches are this one's work alone."""
+    if options.device.startswith("cuda"):
+        return function(name, method, options)
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(function, (name, method, options))
+
+
 def resident(which: str) -> int:
     """KiB of this process in memory: VmRSS now, VmHWM at most. (getrusage's peak begins with that of the parent.)"""
     return int(re.findall(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
@@ -144,34 +155,29 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--batch-factor", type=int, default=1, help="multiplies the batches, which suit a small CPU")
     parser.add_argument("--name", default="explain_speed", help="of the result file")
     options = parser.parse_args(args)
-    keep_freed_memory()  # as predict.py does; all have the good of it
     rows: list[dict[str, Any]] = []
     installed = importlib.util.find_spec("fast_vit_rollout") is not None
     differences = {name: difference(name, options) for name in options.models} if installed else {}
     for name in options.models:
-        methods = ["forward", *options.methods, *([OTHER] if installed else [])]
-        times = seconds(name, methods, options)
-        batch = MODELS[name][1] * options.batch_factor
         plain = 0.0
-        for method in methods:
-            if options.device.startswith("cuda"):
-                memory = peak(name, method, options)
-            else:
-                with multiprocessing.get_context("spawn").Pool(1) as process:  # a fresh one, whose peak is this pass's
-                    memory = process.apply(peak, (name, method, options))
+        batch = MODELS[name][1] * options.batch_factor
+        for method in ("forward", *options.methods, *([OTHER] if installed else [])):
+            fast, slow = apart(seconds, name, method, options)
+            memory = apart(peak, name, method, options)
             plain = memory if method == "forward" else plain
-            ratios = [slow / fast for fast, slow in zip(times["forward"], times[method], strict=True)]
+            ratios = [each / beside for beside, each in zip(fast, slow, strict=True)]
             low, _, high = statistics.quantiles(ratios, n=4)
             rows.append({
                 "model": name,
                 "batch": batch,
                 "method": method,
-                "images/s": round(batch / statistics.median(times[method]), 2),
+                "images/s": round(batch / statistics.median(slow), 2),
                 "times": round(statistics.median(ratios), 3),
                 "spread": f"{low:.2f}-{high:.2f}",
                 "MiB": round(memory),
                 "limit MiB": round(1.3 * plain + matrices(name, options)),
             })  # fmt: skip
+            print(rows[-1], flush=True)
     table = Table(*COLUMNS, title=f"Logits and map; times: as long as the fused forward ({options.precision})")
     for row in rows:
         table.add_row(*(str(row[column]) for column in COLUMNS))
