@@ -52,7 +52,7 @@ def main(args: ArgsType = None) -> int:
         ".*LeafSpec.*is deprecated.*",  # Lightning's own affair
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # TrainOrder goes on where it stopped
         ".*The dirpath has changed.*",  # a checkpoint of another folder
-        ".*need to be provided during .Trainer.*(Best|ModelCheckpoint|Timer).*",  # other settings now
+        ".*need to be provided during .Trainer.*(Best|ModelCheckpoint|Timer|EarlyStopping).*",  # other settings now
         ".*Total length of `list` across ranks is zero.*",  # data.val_fraction 0: nothing to validate on
         ".*could not find the monitored key.*",  # nothing was validated; the end of the run says so
         ".*WeightAveraging callback with a model that overrides the configure_model.*",  # which shards only for FSDP

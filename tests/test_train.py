@@ -797,6 +797,22 @@ def test_out_of_time_is_not_done(batches, accumulate, steps, tmp_path, monkeypat
     assert all(torch.equal(first[key], value) for key, value in second.items())
 
 
+def test_a_run_that_early_stopping_ended_within_an_epoch_goes_on_step_by_step(tmp_path):
+    """Five steps an epoch: the second validation is at the end of the fourth step, and better by no whole 1."""
+    options = ["--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+    stopping = [
+        *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/acc", "--trainer.callbacks.mode=max"),
+        *("--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=1"),
+    ]
+    parted, whole = tmp_path / "parted", tmp_path / "whole"
+    assert run("fit", parted, *options, "--trainer.max_epochs=1", *stopping) == 0
+    assert torch.load(parted / "last.ckpt", weights_only=True)["global_step"] == 4
+    for root in (parted, whole):
+        assert run("fit", root, *options, "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    steps = [[row["step"] for row in table(root) if "train/loss" in row] for root in (parted, whole)]
+    assert steps[0] == steps[1] == list(range(10))
+
+
 def test_weights_are_measured_with_their_own_preprocessing(tmp_path, capfd):
     """Dark images stay dark: their own mean would make them as bright as those of the training.
 

@@ -182,6 +182,8 @@ class Guard(Checkpoint):
             for counts in loop["epoch_progress"].values():
                 done = max(0, counts["started"] - 1)
                 counts.update(processed=min(counts["processed"], done), completed=min(counts["completed"], done))
+            logged = loop["epoch_loop.state_dict"]  # Lightning adds one when it goes on, whether it had counted or not
+            logged["_batches_that_stepped"] = max(0, min(logged["_batches_that_stepped"], trainer.global_step - 1))
 
     def _save(self, trainer: Trainer) -> None:
         self._read(trainer)
