@@ -35,8 +35,8 @@ class Augment:
         color: Largest change of brightness (in standard deviations), contrast and saturation (as shares), in [0, 1).
         erase: Probability that a square of up to half the side is blanked, in [0, 1] (arXiv:1708.04552).
         crop: Smallest part that a random crop keeps, as a share of the area in (0, 1]; its sides are stretched by up to
-            4/3 against each other, as far as they fit, and it is resized to the whole image (1409.4842). 0.35 and above
-            suit small sets; 0: no crop.
+            4/3 against each other, as far as they fit, and it is resized to the whole image (arXiv:1409.4842). 0.35 and
+            above suit small sets; 0: no crop.
         policy: Probability of one change more, of random kind (shear, turn, colour, sharpness ...) and strength, in
             [0, 1] (TrivialAugment, arXiv:2103.10158, without equalize).
         mixup: Probability that an image is blended with another, in any proportion, and so its label, in [0, 1]
