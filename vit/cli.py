@@ -94,9 +94,8 @@ class TrainCLI(LightningCLI):
     first_step = 0  # optimiser steps that were done before this process
 
     def __init__(self, *args: Any, **kwargs: Any):
-        words = kwargs.get("args")
-        first = (sys.argv[1:] if words is None else words)[:1]
-        self.command = first[0] if isinstance(first, list) and first and first[0] in COMMANDS else None
+        words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        self.command = words[0] if isinstance(words, list) and words and words[0] in COMMANDS else None
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]

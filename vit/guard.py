@@ -95,6 +95,10 @@ class Guard(Checkpoint):
 
     # Every step
 
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        # What metrics.csv calls a step: going on behind a validation, Lightning counts one that nobody did.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         bad = ~loss.detach().isfinite()
         self.bad = bad if self.bad is None else self.bad | bad
@@ -182,8 +186,6 @@ class Guard(Checkpoint):
             for counts in loop["epoch_progress"].values():
                 done = max(0, counts["started"] - 1)
                 counts.update(processed=min(counts["processed"], done), completed=min(counts["completed"], done))
-            logged = loop["epoch_loop.state_dict"]  # Lightning adds one when it goes on, whether it had counted or not
-            logged["_batches_that_stepped"] = max(0, min(logged["_batches_that_stepped"], trainer.global_step - 1))
 
     def _save(self, trainer: Trainer) -> None:
         self._read(trainer)
