@@ -99,7 +99,7 @@ class TrainCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Those of COMMANDS; where one is asked for, that one alone, as the options of each take a third of a second.
+        """Those of COMMANDS; where one is asked for, that one alone: the options of each take a while to be made.
 
         Not Lightning's ``predict``: that is what predict.py is for.
         """
