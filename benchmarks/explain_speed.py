@@ -3,11 +3,11 @@
 Each method takes turns with the forward pass alone, on a CPU in a process of its own, as where nothing else is asked
 for. A turn is two batches, of which the second is timed: with the caches and the memory that the first one left, as in
 a run of many. ``times`` is the median of the turns' ratios, with the middle half of them as its spread; the forward
-pass beside itself shows what chance does. Memory is the peak of a process (CPU) or of the device's allocator (GPU)
-that does one thing once, less what stood before it; ``limit`` is 1.3 times that of the forward pass and a matrix of N
-x N floats for each layer and image. Where fast-vit-rollout is installed it takes part, with timm's model of the same
-weights (whose attention it needs unfused) and nothing discarded; ``difference`` is the largest one between its rollout
-and ours.
+pass beside itself shows what chance does. On a shared machine images/s of two rows do not compare, as they were
+measured one after the other. Memory is the peak of a process (CPU) or of the device's allocator (GPU) that does one
+thing once, less what stood before it; ``limit`` is 1.3 times that of the forward pass and a matrix of N x N floats for
+each layer and image. Where fast-vit-rollout is installed it takes part, with timm's model of the same weights (whose
+attention it needs unfused) and nothing discarded; ``difference`` is the largest one between its rollout and ours.
 """
 
 import argparse
