@@ -13,7 +13,8 @@ from vit.run import resumable, run, standard_streams
 
 FORMATS = ("table", "json", "jsonl", "csv", "parquet")
 ENDINGS = {"": "table", "txt": "table"} | {name: name for name in FORMATS}  # of --out
-METHODS = ("rollout", "relevance", "last", "legrad", "lrp")  # vit.rollout.METHODS, without importing torch
+METHODS = ("rollout", "relevance", "last", "legrad", "lrp")  # those of vit.rollout, without importing torch
+CLASS_SPECIFIC, CLASS_METHOD = ("relevance", "legrad", "lrp"), "lrp"
 USAGE = "%(prog)s SOURCE ... [--checkpoint FILE] [--out FILE] [--maps DIR] [--help] ..."
 DESCRIPTION = "Classify images: records to standard output, in the order of the images; all else to standard error."
 EPILOG = """\
@@ -54,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
         "--score-maps", action="store_true",
         help="add map_score to each record: how far its map can be trusted, -1 to 1, 0 is chance (slow: 34 passes)",
     )  # fmt: skip
-    group.add_argument("--method", choices=METHODS, help="how maps are made [rollout]")
+    group.add_argument("--method", choices=METHODS, help="how maps are made [rollout; lrp where a class is named]")
+    group.add_argument("--target", metavar="CLASS", help="what speaks for this class [the one predicted]")
+    group.add_argument("--against", metavar="CLASS", help="... rather than for this one: why --target, and not it")
     group.add_argument("--report", metavar="FILE.html", help="a page: 200 images to look into, figures of each class")
 
     group = p.add_argument_group("speed")
@@ -152,7 +155,16 @@ def check(options: argparse.Namespace) -> None:
         error("--engine ray needs ray: pip install 'ray[data]'")
     if options.method and not (options.maps or options.report or options.score_maps):
         error("--method says how maps are made; ask for some: --maps DIR, --report FILE.html or --score-maps")
-    options.method = options.method or "rollout"
+    if options.target is None and options.against is not None:
+        error(f"--against {options.against} needs a --target to set it against")
+    if options.target is not None:
+        if not (options.maps or options.score_maps):
+            error("--target says which class maps are about; ask for some: --maps DIR or --score-maps")
+        if options.report:
+            error("--target is for --maps and --score-maps: the page of --report has a switch for the class")
+        if options.method and options.method not in CLASS_SPECIFIC:
+            error(f"--method {options.method} is the same for every class; --target needs {', '.join(CLASS_SPECIFIC)}")
+    options.method = options.method or ("rollout" if options.target is None else CLASS_METHOD)
     if options.resume and not (options.out and resumable(options)):
         error("--resume needs --out FILE with --format jsonl or csv")
 

@@ -138,9 +138,9 @@ def test_report_of_a_run(predictor, paths, tmp_path, monkeypatch):
     file = tmp_path / "report.html"
     gallery = Gallery(predictor, method="rollout", folder=None, report=str(file))
     for part in (paths[:5], paths[5:]):
-        (batch,) = predictor.classify([part], methods=["rollout"])
+        (batch,) = predictor.classify([part], method="rollout")
         named = [predictor.prediction(scores).scores for scores in batch.scores]
-        assert gallery.add(part, batch.grids["rollout"], named) == [None] * len(part)
+        assert gallery.add(part, batch.grids, named) == [None] * len(part)
         gallery.flush()
         assert not file.exists()  # its figures are of all images
     os.remove(paths[0])

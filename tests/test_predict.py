@@ -29,7 +29,7 @@ from vit.faithfulness import faithfulness
 from vit.gallery import map_name
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
-from vit.rollout import METHODS
+from vit.rollout import CLASS_METHOD, CLASS_SPECIFIC, METHODS
 from vit.run import Stopped, is_long, write_classes
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +207,15 @@ def test_exit_codes(run, images, tmp_path):
         (["a", "--resume", "--out", "x.json"], "--resume needs --out FILE"),
         (["a", "--format", "parquet"], "--format parquet needs --out FILE"),
         (["a", "--method", "lrp"], "--method says how maps are made; ask for some: --maps DIR, "),
+        (["a", "--target", "class 1"], "--target says which class maps are about; ask for some: --maps DIR or "),
+        (["a", "--maps", "m", "--against", "class 1"], "--against class 1 needs a --target to set it against"),
+        (["a", "--maps", "m", "--target", "class 1", "--report", "r.html"], "--target is for --maps and --score-maps"),
+        (
+            ["a", "--maps", "m", "--target", "class 1", "--method", "last"],
+            "--method last is the same for every class; ",
+        ),
+        (["a", "--maps", "m", "--target", "clas 1"], "no class 'clas 1'; the classes are class 0, class 1, class 2, "),
+        (["a", "--maps", "m", "--target", "class 1", "--against", "class 1"], "target and against are both 'class 1'"),
         (["a", "--format", "xml"], "invalid choice: 'xml'"),
         (["a", "--checkpoint", "/nowhere/model.safetensors"], "/nowhere/model.safetensors: no such checkpoint file"),
         (["a", "--device", "gpu"], "no device 'gpu'"),
@@ -301,6 +310,8 @@ def test_maps_of_paths_on_standard_input_lie_in_folders_like_theirs(first, run, 
 
 def test_methods_are_those_of_the_library():
     assert set(predict.METHODS) == set(METHODS)
+    assert set(predict.CLASS_SPECIFIC) == CLASS_SPECIFIC
+    assert predict.CLASS_METHOD == CLASS_METHOD
 
 
 # ---- maps --------------------------------------------------------------------------------------------------------
@@ -326,6 +337,29 @@ def test_maps_sheet_and_report(run, images, tmp_path):
     with Image.open(maps / "sheet.png") as sheet:
         assert min(sheet.size) > 1000
     assert "class 3" in report.read_text("utf-8")
+
+
+def test_maps_about_a_class(run, images, checkpoint, tmp_path):
+    """They, and their scores, are those of the library for the same question; a run is gone on with by the same one."""
+    out, maps = tmp_path / "out.jsonl", tmp_path / "maps"
+    options = (images / "0", "--batch-size", 4, "--out", out, "--maps", maps, "--score-maps", "--target", "class 3")
+    assert run(*options, "--against", "class 1")[0] == 3
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
+    for record in [record for record in records if "error" not in record][:5]:
+        explanation = predictor.explain(record["path"], target="class 3", against="class 1")
+        assert explanation.method == "lrp"
+        with Image.open(record["map"]) as picture:
+            np.testing.assert_allclose(picture, explanation.overlay(), atol=8)  # of 255: another batch
+        pixels = predictor.normalized(predictor.preprocess.load(record["path"])[None])
+        expected = faithfulness(predictor.model, pixels, torch.tensor(explanation.grid)[None], target=torch.tensor([3]))
+        assert record["map_score"] == pytest.approx(float(expected["score"]), abs=1e-4)
+    said = "the maps so far are by lrp (class 3, not class 1), these would be by lrp (class 3"
+    for other, words in (("class 2", f"{said}, not class 2); ask for the same ones"), (None, f"{said}); ask")):
+        code, _, err = run(*options, "--resume", *(("--against", other) if other else ()))
+        assert code == 2
+        assert words in err
+    assert run(*options, "--resume", "--against", "class 1")[0] == 3
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -522,7 +556,9 @@ def test_resuming_refuses_maps_of_another_method(ending, run, images, tmp_path):
     run(*options)
     code, _, err = run(*options, "--resume", "--method", "last")
     assert code == 2
-    assert "the maps so far are by rollout, not last; give --method rollout, or run without --resume" in err
+    assert (
+        "the maps so far are by rollout, these would be by last; ask for the same ones, or run without --resume" in err
+    )
     assert run(*options, "--resume")[0] in (0, 3)
 
 

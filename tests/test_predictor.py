@@ -532,9 +532,9 @@ def test_a_model_that_gives_no_numbers_is_an_error(predictor):
     (image,) = pictures(1)
     with pytest.MonkeyPatch.context() as patch:  # scores that are numbers, and a map that is none
         patch.setitem(METHODS, "last", broken)
-        (batch,) = predictor.classify([[image]], methods=["last"])
+        (batch,) = predictor.classify([[image]], method="last")
         assert "no number" in str(batch.errors[0])
-        assert len(batch.scores) == len(batch.grids["last"]) == 0
+        assert len(batch.scores) == len(batch.grids) == 0
         with pytest.raises(ImageError, match="no number"):
             predictor.explain(image, method="last")
     predictor.model.head.weight.data[0] = torch.nan

@@ -123,7 +123,9 @@ class Cluster:
         self,
         batches: Iterable[Sequence[str | Unreadable]],
         *,
-        methods: Sequence[str] = (),
+        method: str | None = None,
+        target: str | None = None,
+        against: str | None = None,
         score_maps: bool = False,
         workers: int | None = None,
     ) -> Iterator[Batch]:
@@ -131,8 +133,10 @@ class Cluster:
 
         Args:
             batches: Paths, batch by batch.
-            methods: Maps to make, names in ``vit.rollout.METHODS``.
-            score_maps: Measure how far those of the first method can be trusted.
+            method: Of the maps to make, a name in ``vit.rollout.METHODS``; none for no maps.
+            target: Class the maps are about; none for the predicted one.
+            against: Class to set the target against.
+            score_maps: Measure how far the maps can be trusted.
             workers: Processes; none for one a GPU, or else one a core.
 
         Raises:
@@ -149,7 +153,7 @@ class Cluster:
         context.enable_progress_bars = False
         model, about = self.predictor.model, self.predictor.about
         options = {"model": model, "about": about, "device": self.device, "precision": self.precision}
-        call = {"methods": tuple(methods), "score_maps": score_maps}
+        call = {"method": method, "target": target, "against": against, "score_maps": score_maps}
         call["workers"] = None if self.gpus else 1  # a worker on the CPU has one core
         size = len(pickle.loads(rows[0]["batch"]))
         pieces = -(-len(rows) // PIECE)

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from vit.predictor import Predictor, batches
+from vit.predictor import Predictor, batches, subject
 from vit.preprocess import ImageError, open_image
 from vit.records import OutputError, shown
 from vit.report import LONGEST, unfinished, write_report
@@ -93,6 +93,8 @@ class Gallery:
     Args:
         predictor: What made the maps; the report asks it more about its images.
         method: Name of the map method.
+        target: Class the maps are about; none for the predicted one.
+        against: Class that the target is set against.
         folder: Where to put a map for each image, and the sheet; none for no maps.
         report: HTML file to write; none for no report.
         shard: Which part of the run this is, of how many.
@@ -107,6 +109,8 @@ class Gallery:
         predictor: Predictor,
         *,
         method: str,
+        target: str | None = None,
+        against: str | None = None,
         folder: str | None,
         report: str | None,
         shard: tuple[int, int] = (1, 1),
@@ -114,7 +118,8 @@ class Gallery:
     ):
         report = report and of_shard(report, shard)
         self.predictor, self.method, self.folder, self.report = predictor, method, folder, report
-        self.absolute = absolute
+        self.target, self.against, self.absolute = target, against, absolute
+        self.way = method if target is None else f"{method} ({shown(subject(target, against))})"
         self.sheet = of_shard("sheet.png", shard)
         self.survey = Survey(predictor.class_names) if report else None
         self.limit = SURVEYED if report else SHEET  # of the first so many images something is kept until the end
@@ -156,11 +161,12 @@ class Gallery:
             image = open_image(path, min_side=LARGEST, white=self.predictor.preprocess.white)
         except ImageError:
             return None, None
-        label, score = next(iter(scores.items()))
-        entry = {"image": image, "grid": grid.numpy(), "caption": f"{label} {score:.1%}"}
+        target = self.target or next(iter(scores))
+        caption = f"{subject(target, self.against)} {scores[target]:.1%}"
+        entry = {"image": image, "grid": grid.numpy(), "caption": caption}
         entry["box"] = self.predictor.preprocess.box(*image.size)
         file = os.path.join(self.folder or "", map_name(path, absolute=self.absolute))
-        self._save(overlay(**{**entry, "caption": f"{entry['caption']} · {self.method}"}), file)
+        self._save(overlay(**{**entry, "caption": f"{caption} · {self.method}"}), file)
         return file, _small(entry) if remember else None
 
     def flush(self, *, end: bool = False) -> None:
@@ -175,23 +181,23 @@ class Gallery:
                 write_report(self.report, self.predictor.about, entries, view, self.survey.total)
 
     def refuse_other(self, file: str) -> None:
-        """See that a map of the run that is gone on with was made by the same method, which is written in it.
+        """See that a map of the run that is gone on with was made the same way, which is written in it.
 
         Raises:
             OutputError: If it was not.
         """
         try:
             with Image.open(file) as image:
-                method = image.info.get(METHOD, self.method)
+                way = image.info.get(METHOD, self.way)
         except OSError:  # moved away meanwhile
             return
-        if method != self.method:
-            words = f"the maps so far are by {method}, not {self.method}"
-            raise OutputError(f"{file}: {words}; give --method {method}, or run without --resume to start again")
+        if way != self.way:
+            words = f"the maps so far are by {way}, these would be by {self.way}"
+            raise OutputError(f"{file}: {words}; ask for the same ones, or run without --resume to start again")
 
     def _save(self, picture: Image.Image, file: str) -> None:
         text = PngInfo()
-        text.add_text(METHOD, self.method)
+        text.add_text(METHOD, self.way)
         with _named(file):
             os.makedirs(os.path.dirname(file), exist_ok=True)
             picture.save(file, "PNG", compress_level=1, pnginfo=text)

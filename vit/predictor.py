@@ -100,8 +100,7 @@ class Explanation:
     @property
     def caption(self) -> str:
         """The target, what it was set against, its probability, and how the map was made."""
-        other = "" if self.against is None else f", not {self.against}"
-        return f"{self.target}{other} {self.prediction.scores[self.target]:.1%} · {self.method}"
+        return f"{subject(self.target, self.against)} {self.prediction.scores[self.target]:.1%} · {self.method}"
 
     def overlay(self) -> Image.Image:
         """A picture of image, map and caption."""
@@ -118,14 +117,14 @@ class Batch:
         sources: What was to be classified.
         errors: Why not, or None, for each source.
         scores: Probabilities (classified, classes).
-        grids: Weight of each patch (classified, grid height, grid width) by map method.
-        map_scores: How far each map of the first method can be trusted (classified,), in [-1, 1], if that was asked.
+        grids: Weight of each patch (classified, grid height, grid width), if maps were asked for.
+        map_scores: How far each map can be trusted (classified,), in [-1, 1], if that was asked.
     """
 
     sources: Sequence[Source | Unreadable]
     errors: Sequence[ImageError | None]
     scores: Tensor
-    grids: dict[str, Tensor]
+    grids: Tensor | None = None
     map_scores: Tensor | None = None
 
 
@@ -283,9 +282,7 @@ class Predictor:
         """
         from vit.rollout import CLASS_METHOD
 
-        target_index, against_index = self._number(target), self._number(against)
-        if target is not None and target == against:
-            raise ValueError(f"target and against are both {target!r}; a class can only be set against another one")
+        target_index, against_index = self.numbers(target, against)
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
         try:
             file = as_file(image)
@@ -307,6 +304,20 @@ class Predictor:
         box = self.preprocess.box(*opened.size)
         return Explanation(prediction, target or prediction.label, method, grids[0].numpy(), opened, box, against)
 
+    def numbers(self, target: str | None, against: str | None) -> tuple[int | None, int | None]:
+        """Of the classes with these names.
+
+        Args:
+            target: Class that a map is about; none for the predicted one.
+            against: Class to set it against; none for no other.
+
+        Raises:
+            ValueError: If there is no such class, or it is set against itself.
+        """
+        if target is not None and target == against:
+            raise ValueError(f"target and against are both {target!r}; a class can only be set against another one")
+        return self._number(target), self._number(against)
+
     def _number(self, name: str | None) -> int | None:
         """The class of this name."""
         if name is not None and name not in self.class_names:
@@ -326,7 +337,9 @@ class Predictor:
         self,
         batches: Iterable[Sequence[Source | Unreadable]],
         *,
-        methods: Sequence[str] = (),
+        method: str | None = None,
+        target: str | None = None,
+        against: str | None = None,
         score_maps: bool = False,
         workers: int | None = None,
     ) -> Iterator[Batch]:
@@ -336,10 +349,13 @@ class Predictor:
 
         Args:
             batches: Sources, batch by batch.
-            methods: Maps to make, names in ``vit.rollout.METHODS``.
-            score_maps: Measure how far those of the first method can be trusted; 34 more passes an image.
+            method: Of the maps to make, a name in ``vit.rollout.METHODS``; none for no maps.
+            target: Class the maps are about; none for the predicted one.
+            against: Class to set the target against.
+            score_maps: Measure how far the maps can be trusted; 34 more passes an image.
             workers: Threads that decode; none for one that suits the machine.
         """
+        numbers = self.numbers(target, against)
         pool = ThreadPoolExecutor(workers or min(32, usable_cores()), thread_name_prefix="decode")
         waiting: deque[tuple[Sequence[Source | Unreadable], list[Future[Tensor | ImageError]]]] = deque()
         given, failure = iter(batches), None  # failure: what ended them before their end
@@ -352,9 +368,9 @@ class Predictor:
                     break
                 waiting.append((sources, [pool.submit(self._decode, source) for source in sources]))
                 if len(waiting) > (AHEAD if len(sources) > 1 else 0):
-                    yield self._compute(*waiting.popleft(), methods, score_maps)
+                    yield self._compute(*waiting.popleft(), method, *numbers, score_maps)
             while waiting:
-                yield self._compute(*waiting.popleft(), methods, score_maps)
+                yield self._compute(*waiting.popleft(), method, *numbers, score_maps)
             if failure is not None:
                 raise failure
         finally:
@@ -375,30 +391,32 @@ class Predictor:
         self,
         sources: Sequence[Source | Unreadable],
         decoded: list[Future[Tensor | ImageError]],
-        methods: Sequence[str],
+        method: str | None,
+        target: int | None,
+        against: int | None,
         score_maps: bool,
     ) -> Batch:
         results = [future.result() for future in decoded]
         errors = [result if isinstance(result, ImageError) else None for result in results]
         images = [result for result in results if isinstance(result, Tensor)]
         if not images:
-            return Batch(sources, errors, torch.empty(0, len(self.class_names)), {})
+            return Batch(sources, errors, torch.empty(0, len(self.class_names)))
         pixels = torch.stack(images)
-        if not methods:
-            return self._checked(sources, errors, self.scores(pixels), {})
-        grids = {}
-        for method in methods:
-            scores, grids[method] = self.mapped(pixels, method)
-        trusted = self.map_scores(pixels, grids[methods[0]], scores.argmax(1)) if score_maps else None
-        return self._checked(sources, errors, scores, grids, trusted)
+        if method is None:
+            return self._checked(sources, errors, self.scores(pixels))
+        scores, grids = self.mapped(pixels, method, target, against)
+        about = scores.argmax(1) if target is None else torch.full((len(scores),), target)
+        return self._checked(
+            sources, errors, scores, grids, self.map_scores(pixels, grids, about) if score_maps else None
+        )
 
     def map_scores(self, pixels: Tensor, grids: Tensor, target: Tensor) -> Tensor:
         """How far each map can be trusted (B,): insertion less deletion, in [-1, 1]; 0 is chance (vit/faithfulness.py).
 
         Args:
             pixels: uint8 pixels of the images (B, C, H, W).
-            grids: Their maps about the predicted class (B, grid height, grid width).
-            target: Number of that class (B,).
+            grids: Their maps (B, grid height, grid width).
+            target: Number of the class they are about (B,).
         """
         from vit.faithfulness import area, deletion_curve
 
@@ -414,16 +432,18 @@ class Predictor:
         sources: Sequence[Source | Unreadable],
         errors: list[ImageError | None],
         scores: Tensor,
-        grids: dict[str, Tensor],
+        grids: Tensor | None = None,
         map_scores: Tensor | None = None,
     ) -> Batch:
         """Rows that are no numbers (weights of a diverged training) become errors."""
-        finite = torch.stack([given.flatten(1).isfinite().all(1) for given in (scores, *grids.values())]).all(0)
+        finite = scores.isfinite().all(1)
+        if grids is not None:
+            finite &= grids.isfinite().all(2).all(1)
         if not finite.all():
             rows = iter(finite.tolist())
             errors = [error if error or next(rows) else ImageError(NO_NUMBER) for error in errors]
-            scores, grids = scores[finite], {name: grid[finite] for name, grid in grids.items()}
-            map_scores = None if map_scores is None else map_scores[finite]
+            scores = scores[finite]
+            grids, map_scores = (given if given is None else given[finite] for given in (grids, map_scores))
         return Batch(sources, errors, scores, grids, map_scores)
 
     @torch.inference_mode()
@@ -490,6 +510,11 @@ class Predictor:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def subject(target: str, against: str | None) -> str:
+    """What a map is about, in words."""
+    return target if against is None else f"{target}, not {against}"
 
 
 def as_file(source: Source) -> File:

@@ -135,6 +135,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
     device = "cpu" if options.engine == "ray" else options.device  # the work is done elsewhere
     try:
         predictor = Predictor.from_checkpoint(options.checkpoint, device=device, precision=options.precision)
+        predictor.numbers(options.target, options.against)
     except ValueError as error:
         say(f"predict.py: {error}")
         return USAGE
@@ -249,6 +250,8 @@ def gallery_of(options: argparse.Namespace, predictor: "Predictor", inputs: "Inp
     return Gallery(
         predictor,
         method=options.method,
+        target=options.target,
+        against=options.against,
         folder=options.maps,
         report=options.report,
         shard=options.shard,
@@ -299,8 +302,9 @@ def classify(
     output.start()
     advance(summary.resumed - len(again))
     done = 0
-    methods = (options.method,) if gallery or options.score_maps else ()
-    for batch in work.classify(pieces, methods=methods, score_maps=options.score_maps, workers=options.workers):
+    maps = {"method": options.method, "target": options.target, "against": options.against}
+    asked = {"score_maps": options.score_maps, **(maps if gallery or options.score_maps else {})}
+    for batch in work.classify(pieces, **asked, workers=options.workers):
         output.format.expect(map(path_of, batch.sources))
         for record in records_of(batch, options, predictor, gallery):
             if done < len(again):
@@ -387,7 +391,7 @@ def records_of(
     maps: Iterator[str | None] = iter(())
     if gallery:
         good = [path for path, error in zip(paths, batch.errors, strict=True) if error is None]
-        grids = batch.grids.get(options.method, ())
+        grids = () if batch.grids is None else batch.grids
         named = [predictor.prediction(scores).scores for scores in batch.scores]
         maps = iter(gallery.add(good, grids, named))
         gallery.flush()
