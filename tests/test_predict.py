@@ -350,7 +350,8 @@ def test_maps_about_a_class(run, images, checkpoint, tmp_path):
         explanation = predictor.explain(record["path"], target="class 3", against="class 1")
         assert explanation.method == "lrp"
         with Image.open(record["map"]) as picture:
-            np.testing.assert_allclose(picture, explanation.overlay(), atol=8)  # of 255: another batch
+            difference = np.float32(picture) - np.float32(explanation.overlay())
+        assert np.abs(difference).max() < 8  # of 255: in another batch sums are rounded otherwise
         pixels = predictor.normalized(predictor.preprocess.load(record["path"])[None])
         expected = faithfulness(predictor.model, pixels, torch.tensor(explanation.grid)[None], target=torch.tensor([3]))
         assert record["map_score"] == pytest.approx(float(expected["score"]), abs=1e-4)
