@@ -350,7 +350,7 @@ def test_maps_about_a_class(run, images, checkpoint, tmp_path):
         explanation = predictor.explain(record["path"], target="class 3", against="class 1")
         assert explanation.method == "lrp"
         with Image.open(record["map"]) as picture:
-            difference = np.float32(picture) - np.float32(explanation.overlay())
+            difference = np.asarray(picture, np.float32) - np.asarray(explanation.overlay(), np.float32)
         assert np.abs(difference).max() < 8  # of 255: in another batch sums are rounded otherwise
         pixels = predictor.normalized(predictor.preprocess.load(record["path"])[None])
         expected = faithfulness(predictor.model, pixels, torch.tensor(explanation.grid)[None], target=torch.tensor([3]))
