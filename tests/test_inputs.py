@@ -20,7 +20,7 @@ def touch(*paths):
 
 
 def test_a_folder_gives_its_images_by_name_and_counts_the_rest(tmp_path):
-    touch(*(tmp_path / name for name in ("b.jpg", "a.PNG", "c.txt", "noending", "sub/d.png")))
+    touch(*(tmp_path / name for name in ("b.jpg", "a.PNG", "c.txt", "noending", "out.csv.partial", "sub/d.png")))
     inputs = Inputs([str(tmp_path)])
     assert list(inputs) == [f"{tmp_path}/a.PNG", f"{tmp_path}/b.jpg"]
     assert inputs.passed_over == {".txt": 1, "": 1}

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import BinaryIO
 
 from vit.preprocess import SUFFIXES
+from vit.records import PARTIAL
 
 CHUNK = 1 << 16  # bytes read from standard input at once
 
@@ -102,7 +103,7 @@ class Inputs:
                     yield from self._walk(path, (*above, identity))
             elif (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
                 yield path
-            else:
+            elif suffix != PARTIAL:  # as a rule this run's own records
                 self.passed_over[suffix] += 1
 
 
