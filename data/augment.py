@@ -146,15 +146,22 @@ class Augment:
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Resample images (B, C, H, W) by affine maps (B, 2, 3); what lies outside is mirrored in."""
-    grid = F.affine_grid(matrices.to(images.dtype), list(images.shape), align_corners=False)
+    """Resample images (B, C, H, W) by affine maps (B, 2, 3); what lies outside is mirrored in.
+
+    No matrix products, of which a GPU may round the factors to ten bits (TF32): whole pixels would be none.
+    """
+    rows, columns = (
+        (2 * torch.arange(size, dtype=images.dtype, device=images.device) + 1) / size - 1 for size in images.shape[2:]
+    )
+    of_column, of_row, shift = matrices.to(images.dtype)[:, None, None].unbind(-1)  # (B, 1, 1, 2) each
+    grid = of_column * columns[:, None] + (of_row * rows[:, None, None] + shift)  # (B, H, W, 2): column and row
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
     """One affine map (B, 2, 3) for two, from output to input coordinates: ``first`` acts on the image first."""
-    linear, shift = second[:, :, :2], second[:, :, 2:]
-    return torch.cat([first[:, :, :2] @ linear, first[:, :, :2] @ shift + first[:, :, 2:]], 2)
+    linear, shift = first[:, :, :2], first[:, :, 2:]
+    return (linear[..., None] * second[:, None]).sum(2) + F.pad(shift, (2, 0))
 
 
 def crops(draws: Tensor, smallest: float) -> Tensor:

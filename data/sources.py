@@ -307,8 +307,9 @@ def decoded(
         files = {split: replace(part, preprocess=preprocess, size_from=size_from) for split, part in files.items()}
     cache: dict[str, Any] = {"folder": options.cache, "num_workers": options.num_workers}
     files, labels = readable(files, labels, name=name, on_bad=options.on_bad, **cache)
-    images = {split: cached_images(part, name=f"{name}-{split}", **cache) for split, part in files.items()}
-    mean, std = cached_statistics(files["train"], images["train"], name=f"{name}-train", **cache)
+    with alone(options.cache / f"{name}.lock"):  # without bad files they are another set, which is decoded once too
+        images = {split: cached_images(part, name=f"{name}-{split}", **cache) for split, part in files.items()}
+        mean, std = cached_statistics(files["train"], images["train"], name=f"{name}-train", **cache)
     hint(name, files["train"])
     splits = {split: Split(images=images[split], labels=labels[split], files=part) for split, part in files.items()}
     return Source(class_names=class_names, mean=mean, std=std, **splits)

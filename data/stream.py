@@ -38,6 +38,7 @@ from data.labels import SPLITS, split_of
 from vit.preprocess import SUFFIXES, ImageError, Preprocess
 
 GZIP = b"\x1f\x8b"  # what a compressed file begins with
+MOST_CLASSES = 100_000  # that numbers alone may make; more only where there are as many samples
 BUFFER = 1024  # undecoded samples among which a worker shuffles: their bytes, times workers, are in memory
 
 
@@ -337,6 +338,9 @@ def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.
             if image is None and (odd := [e for e in endings if e[e.rfind(".") :] in SUFFIXES]):
                 names = f"{key.strip('/')}{odd[0]}"
                 raise DataError(f"{path}: {names}: what is behind the first dot is the kind of a file: rename it")
+            for file in (image, endings.get(".cls")):
+                if file is not None and file.issparse():  # a few bytes that may become gigabytes
+                    raise DataError(f"{path}: {file.name}: is stored as a sparse file: pack it without --sparse (-S)")
             if image is not None:
                 yield f"{path}{key if key.startswith('/') else f'/{key}'}", image, endings.get(".cls")
     except (OSError, tarfile.TarError, EOFError) as error:
@@ -351,7 +355,7 @@ def content(tar: tarfile.TarFile, file: tarfile.TarInfo) -> bytes:
 
 def class_number(tar: tarfile.TarFile, name: str, label: tarfile.TarInfo | None) -> int:
     text = b"" if label is None else content(tar, label).strip()
-    if not text.isdigit():
+    if not text.isdigit() or len(text) > 9:
         raise DataError(f"{name}: no class number in a file of that name with the ending .cls")
     return int(text)
 
@@ -375,6 +379,11 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
     class_names = read_classes(listed) if listed.exists() else ()
     if not class_names or any(path not in lengths for path in files):
         lengths, classes = count_tars(files, cache / f"wds_{file_name(folder.resolve().name)}")
+        if not class_names and classes > max(MOST_CLASSES, sum(lengths.values())):
+            raise DataError(
+                f"{folder}: there is a class number {classes - 1}; class numbers go from 0 to one less than there are "
+                "classes (a file classes.txt can name that many)"
+            )
         class_names = class_names or tuple(map(str, range(classes)))
         if classes > len(class_names):
             raise DataError(f"{listed} has {len(class_names)} names, but there is a class number {classes - 1}")

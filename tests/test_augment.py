@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as tv
 
 from data.augment import (
@@ -313,6 +315,28 @@ def test_a_crop_is_what_torchvision_resizes():
     expected = tv.resize(tv.crop(images, 4, 6, 8, 12), [16, 24], antialias=False)
     inside = (..., slice(1, -1), slice(1, -1))
     torch.testing.assert_close(warp(images, middle)[inside], expected[inside], rtol=0, atol=1e-5)
+
+
+def test_places_are_those_of_torch():
+    images, matrices = pictures(3, (16, 24)).double(), torch.randn(3, 2, 3, dtype=torch.float64)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    expected = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    torch.testing.assert_close(warp(images, matrices), expected)
+
+
+def test_no_place_is_a_matrix_product():
+    """Of whose factors a GPU keeps ten bits, where training allows that."""
+
+    class NoProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert not {"mm", "bmm", "addmm", "baddbmm", "affine_grid_generator"} & set(str(func).split("."))
+            return func(*args, **(kwargs or {}))
+
+    images, numbers = pictures(4, (16, 24)), of(torch.arange(4))
+    with NoProducts():
+        Augment(crop=0.5, policy=1.0, translate=0.1, flip=0.5, rotate=15, scale=0.1)(images, numbers)
+    with pytest.raises(AssertionError), NoProducts():
+        F.affine_grid(torch.randn(4, 2, 3), [4, 3, 16, 24], align_corners=False)
 
 
 def test_composed_moves_are_one_after_the_other():

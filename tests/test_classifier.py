@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from sklearn import metrics
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -183,9 +183,12 @@ def test_a_machine_that_cannot_compile_says_so_and_trains_on(tmp_path, monkeypat
         raise RuntimeError(f"{fault}\n\nSet TORCHDYNAMO_VERBOSE=1")
 
     monkeypatch.setattr(torch, "compile", compile)
-    model = classifier(compile=True)
-    trainer(tmp_path, max_steps=1).fit(model, loader(batch_of(8)))
+    model, module = classifier(compile=True), LightningDataModule.from_datasets()
+    for name, value in (("train_dataloader", lambda: loader(batch_of(8))), ("compile", True)):
+        setattr(module, name, value)
+    trainer(tmp_path, max_steps=1).fit(model, datamodule=module)
     assert model.network is model.vit
+    assert vars(module)["compile"] is False  # nor is the augmentation
     assert capsys.readouterr().err == f"going on without model.compile, which fails here: {fault}\n"
 
 

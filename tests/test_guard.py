@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,9 +120,9 @@ def test_one_bad_batch_of_several_in_a_step_counts(tmp_path, at_step, capfd):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("step", [3, 4], ids=["in mid-epoch", "before validation"])
-def test_on_a_gpu_it_is_known_a_step_later_and_nothing_saved_since(tmp_path, at_step, saves, capfd, monkeypatch, step):
-    """The host reads the numbers of a step after the next one was sent off, or before anything depends on them."""
+@pytest.fixture
+def late(monkeypatch) -> None:
+    """Has the host read the numbers of a step after the next one was sent off, as on a GPU."""
     start = Guard.on_train_start
 
     def on_train_start(self: Guard, *arguments: Any) -> None:
@@ -128,10 +130,25 @@ def test_on_a_gpu_it_is_known_a_step_later_and_nothing_saved_since(tmp_path, at_
         self.late = True
 
     monkeypatch.setattr(Guard, "on_train_start", on_train_start)
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("step", [3, 4], ids=["in mid-epoch", "before validation"])
+def test_on_a_gpu_it_is_known_a_step_later_and_nothing_saved_since(tmp_path, at_step, saves, capfd, step):
+    """It is read sooner where anything depends on it. What is due is known a step later too: every second one saves."""
     at_step(step, lambda self, loss: loss * float("nan"))
     assert fit(tmp_path, "--guard.minutes=0") == 5
     assert f"the loss is not finite at step {step + 1} on" in capfd.readouterr().err
-    assert max(saves) == ("last.ckpt", step)
+    assert max(saves) == ("last.ckpt", step - step % 2)
+
+
+@pytest.mark.usefixtures("late")
+def test_on_a_gpu_another_callback_saves_nothing_of_it_either(tmp_path, at_step, saves, capfd):
+    at_step(3, lambda self, loss: loss * float("nan"))
+    own = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    assert fit(tmp_path, "--guard.minutes=60", *own, f"--trainer.callbacks.dirpath={tmp_path}/own") == 5
+    assert "the loss is not finite at step 4 on" in capfd.readouterr().err
+    assert [step for _, step in saves] == [1, 2, 3]
 
 
 # Saving
@@ -168,6 +185,17 @@ def test_saves_at_the_end_only_where_time_is_over_too_early(tmp_path, saves, mon
     monkeypatch.setattr(Timer, "time_remaining", lambda timer, stage=None: -1.0)
     assert fit(tmp_path, "--trainer.min_epochs=2", "--trainer.max_time=00:01:00:00") == 0
     assert [step for name, step in saves if name == "last.ckpt"] == [10]
+
+
+@pytest.mark.usefixtures("late")
+def test_on_a_gpu_too_it_saves_once_when_it_is_due(tmp_path, monkeypatch, saves):
+    """By a clock of a second a step: what is read a step late must not be taken for due once more."""
+    monkeypatch.setattr(vit.guard, "time", SimpleNamespace(monotonic=partial(next, count())))
+    monkeypatch.setattr(vit.guard, "SAVING", float("inf"))
+    assert fit(tmp_path, "--guard.minutes=0.1", "--data.batch_size=64", "--trainer.max_epochs=1") == 0
+    steps = [step for name, step in saves if name == "last.ckpt"]
+    assert len(steps) > 2
+    assert min(later - step for step, later in pairwise(steps[:-1])) > 2
 
 
 def test_saving_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch, saves):

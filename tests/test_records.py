@@ -1,6 +1,7 @@
 """What each format writes, and the output file that survives being killed; against the standard parsers."""
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -140,6 +141,27 @@ def test_two_runs_do_not_write_one_file(tmp_path):
         Output(str(tmp_path / "out"), JsonLines())
     first.close()
     Output(str(tmp_path / "out"), JsonLines()).close()
+
+
+def test_a_run_that_ends_just_then_keeps_its_records(tmp_path, monkeypatch):
+    """Between another run's opening of the unfinished file and its lock on it."""
+    path = tmp_path / "out"
+    first, lock = Output(str(path), JsonLines()), fcntl.flock
+    first.write(RECORDS[0])
+
+    def end(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.finish()
+        first.close()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", end)
+    second = Output(str(path), JsonLines())
+    assert json.loads(path.read_text()) == RECORDS[0]
+    second.write(RECORDS[2])
+    second.finish()
+    second.close()
+    assert json.loads(path.read_text()) == RECORDS[2]
 
 
 @pytest.mark.parametrize(("name", "text"), [("jsonl", '{"a": 1}\n'), ("jsonl", "nonsense\n"), ("csv", "path,x\na,b\n")])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import ExifTags, Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
@@ -303,6 +303,26 @@ def test_processes_take_turns_to_download(tmp_path, load):
         assert not ended.wait(0.5)
     assert ended.wait(30)
     waiting.join()
+
+
+def test_processes_take_turns_to_decode_what_is_left(tmp_path, load, monkeypatch):
+    """Without the bad file it is another set: side by side each would decode all of it."""
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "set" / name / f"{i}.png")
+    (tmp_path / "set/a/bad.png").write_bytes(b"no image")
+    write, held = data.cache.write_array, []
+
+    def write_array(*arguments: Any) -> None:
+        with pytest.raises(Timeout):
+            FileLock(next((tmp_path / "root" / "cache").glob("*.lock"))).acquire(timeout=0)
+        held.append(arguments[1][0])
+        write(*arguments)
+
+    monkeypatch.setattr(data.cache, "write_array", write_array)
+    load(str(tmp_path / "set"), on_bad="skip")
+    assert held[-1] == 4
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path, load):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -405,6 +406,11 @@ def test_validation_is_held_out_by_shards(shards):
             "train-0.tar: a.3.png: what is behind the first dot is",
         ),
         ({"a.txt": b"", "a.cls": b"0"}, "no image in the tar files for train "),
+        (
+            {"a.png": encoded(1), "a.cls": b"20000000"},
+            "tars: there is a class number 20000000; class numb",
+        ),
+        ({"a.png": encoded(1), "a.cls": b"9" * 5000}, "a: no class number in a file of that name with the ending .cls"),
     ],
 )
 def test_unusable_tars_are_one_line(tmp_path, files, message):
@@ -415,6 +421,18 @@ def test_unusable_tars_are_one_line(tmp_path, files, message):
     with pytest.raises(DataError, match=message) as caught:
         load_source(f"wds/{folder}", root=tmp_path / "root", image_size=8)
     assert "\n" not in str(caught.value)
+
+
+def test_a_few_bytes_do_not_become_gigabytes(tmp_path):
+    (tmp_path / "tars").mkdir()
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(3 * 10**9)
+    (tmp_path / "a.cls").write_text("0")
+    tar = tmp_path / "tars/train-0.tar"
+    subprocess.run(["tar", "--sparse", "-cf", tar, "-C", tmp_path, "a.png", "a.cls"], check=True)
+    assert tar.stat().st_size < 20_000
+    with pytest.raises(DataError, match=r"train-0.tar: a.png: is stored as a sparse file: pack it without --sparse"):
+        load_source(f"wds/{tmp_path}/tars", root=tmp_path / "root", image_size=8)
 
 
 def test_unreadable_images_are_named_or_skipped(tmp_path, shards, capsys):

@@ -138,7 +138,7 @@ class ViTClassifier(LightningModule):
                 raise ValueError(fault.format(height, width)) from None
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
-        self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15)
+        self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15, validate_args=False)
         few = len(class_names) <= MOST_TABLED
         self.confusion_matrix = MulticlassConfusionMatrix(len(class_names), validate_args=False) if few else None
         self.confusion: Tensor | None = None  # of the last measurement: images of each class (row) given each class
@@ -321,6 +321,8 @@ class ViTClassifier(LightningModule):
         self.started = time.monotonic()
         if self.compiles and (fault := compiler_fault(self.device)):
             self.compiles = False
+            if data := getattr(self.trainer, "datamodule", None):
+                data.compile = False
             if self.trainer.is_global_zero:
                 print(f"going on without model.compile, which fails here: {fault}", file=sys.stderr)
         if self.pretrained and self.trainer.is_global_zero and not self.resumed:

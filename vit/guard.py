@@ -179,7 +179,11 @@ class Guard(Checkpoint):
             self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A part of an epoch is no whole one: or else a run that goes on would leave out the rest of it."""
+        """Nothing is kept of a run that has diverged, whichever callback saves.
+
+        A part of an epoch is no whole one: or else a run that goes on would leave out the rest of it.
+        """
+        self._read(trainer)
         loop = checkpoint["loops"]["fit_loop"]
         batches = loop["epoch_loop.batch_progress"]
         if batches["current"]["ready"] and not batches["is_last_batch"]:
@@ -193,7 +197,7 @@ class Guard(Checkpoint):
         if not getattr(trainer, "fast_dev_run", False):
             start = time.monotonic()
             trainer.save_checkpoint(path)
-            self.saved = time.monotonic()
+            self.saved, self.due = time.monotonic(), False  # what was just read says that it is due
             self.cost = self.saved - start
         if not self.signal or self.done:
             return

@@ -633,4 +633,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware, and so faster than float32."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # or the first one would be asked
+        return torch.cuda.is_bf16_supported(including_emulation=False)

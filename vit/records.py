@@ -287,6 +287,9 @@ class Output:
             raise OutputError(f"{path}: another run is writing it") from None
         except OSError:
             pass  # a file system without locks
+        if not (self.current.exists() and os.path.samestat(os.fstat(descriptor), os.stat(self.current))):
+            os.close(descriptor)  # another run has ended meanwhile, and this is its finished file
+            return self._open(path, resume)
         if not resume:
             self.discarded = os.fstat(descriptor).st_size > 0
             os.ftruncate(descriptor, 0)
