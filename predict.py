@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import combinations
 
 from vit.run import resumable, run, standard_streams
 
@@ -137,8 +138,10 @@ def check(options: argparse.Namespace) -> None:
             error(f"--{name} has an empty name")
     if options.out == "-":
         options.out = None
-    if options.out and options.out == options.report:
-        error(f"--out and --report are both {options.out}")
+    given = [(name, getattr(options, name)) for name in ("out", "maps", "report") if getattr(options, name)]
+    for (name, one), (other, same) in combinations(given, 2):
+        if os.path.realpath(one) == os.path.realpath(same):
+            error(f"--{name} {one} and --{other} {same} are the same; each needs a name of its own")
     if options.format is None:
         ending = os.path.splitext(options.out or "")[1].removeprefix(".").lower()
         if ending not in ENDINGS:

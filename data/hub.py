@@ -5,8 +5,6 @@
 
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -21,9 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.cache import VERSION, DataError, ImageFiles, one_line, write_atomically
+from data.cache import VERSION, DataError, ImageFiles, file_name, one_line, write_atomically
 from data.labels import split_of
 from data.stream import progress, remembered, states
+from vit.checkpoint import distinct
 from vit.preprocess import open_image
 
 
@@ -213,8 +212,7 @@ def copy_of(name: str, root: Path) -> Path:
     """The index of a set's copy in the cache; its name changes when another version is prepared."""
     infos = sorted((root / name.partition(":")[0]).rglob("dataset_info.json"))
     state = repr([name, *((str(path), path.stat().st_mtime_ns) for path in infos)])
-    slug = re.sub(r"[^\w.-]+", "_", name)[:40]
-    return root / "cache" / f"tfds_{slug}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.json"
+    return root / "cache" / f"tfds_{file_name(name)}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.json"
 
 
 def copy_tfds(name: str, root: Path) -> None:
@@ -295,9 +293,7 @@ def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored
         raise DataError(f"torch/{name}: cannot be had ({one_line(error)})") from None
     if any(part.ndim != 1 for part in labels.values()):  # QMNIST's say who wrote the digit too
         labels = {split: part[:, 0] for split, part in labels.items()}
-    often = Counter(names)  # of ImageNet two are called crane
-    class_names = tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
-    return class_names, {
+    return distinct(names), {  # of ImageNet two are called crane
         split: (partial(item_image, part), labels[split], f"torch/{name} {split} {len(part)}")
         for split, part in found.items()
     }

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.cache import DataError, one_line, say_once
+from vit.checkpoint import composed
 from vit.preprocess import SUFFIXES
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -60,11 +60,6 @@ def left_out(passed_over: Counter[str], beside: list[str]) -> Iterator[str]:
         yield f"{passed_over.total()} other files in the class folders ({kinds})"
     if beside:
         yield f"{len(beside)} outside them ({', '.join(beside[:3])}{', ...' * (len(beside) > 3)})"
-
-
-def composed(name: str) -> str:
-    """A class name with each accented letter as one character: macOS stores two, which look the same."""
-    return unicodedata.normalize("NFC", name)
 
 
 def subfolders(folder: Path) -> list[str]:

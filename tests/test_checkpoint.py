@@ -228,6 +228,16 @@ def test_header_with_flipped_bytes_never_ends_in_a_traceback(path, model):
     assert refused > 200
 
 
+def test_a_link_stays_one_and_a_name_may_be_long(tmp_path, path):
+    model, about = load_checkpoint(path)
+    long, link = tmp_path / f"{'x' * 240}.safetensors", tmp_path / "link.safetensors"
+    link.symlink_to(long)
+    save_checkpoint(link, model.state_dict(), about)
+    assert link.is_symlink()
+    assert load_checkpoint(long)[1] == about
+    assert sorted(tmp_path.iterdir()) == sorted([long, link, path])
+
+
 def test_missing_file(tmp_path):
     assert refusal(tmp_path / "nowhere.safetensors") == "no such checkpoint file"
 

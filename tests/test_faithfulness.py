@@ -147,9 +147,25 @@ def test_area_of_a_line():
     torch.testing.assert_close(area(torch.tensor([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]])), torch.tensor([0.5, 1.0]))
 
 
+def test_maps_and_classes_of_any_kind():
+    """Of whole numbers and truths, one class for all, and no images."""
+    weights = torch.tensor([[3.0, 0.5, 2.0], [-1.0, -0.25, -4.0]])
+    maps = (10 * weights.abs()).round().expand(2, -1, -1)
+    expected = faithfulness(Sum(weights), balanced(2), maps, target=torch.tensor([1, 1]))["score"]
+    for given in (maps.to(torch.uint8), maps.long()):
+        assert torch.equal(faithfulness(Sum(weights), balanced(2), given, target=1)["score"], expected)
+    assert faithfulness(Sum(weights), balanced(2), maps > 10, target=[1, 1])["score"].shape == (2,)
+    assert faithfulness(Sum(weights), balanced(2)[:0], maps[:0])["score"].shape == (0,)
+
+
 def test_refusals():
     images, maps = torch.randn(1, 3, 8, 12), torch.rand(1, ROWS, COLUMNS)
     with pytest.raises(ValueError, match="8 x 12 pixels cannot be cut into 3 x 3"):
         deletion_curve(Sum(torch.ones(ROWS, COLUMNS)), images, torch.rand(1, 3, 3))
     with pytest.raises(ValueError, match="remove 'black' is not one of mean, blur"):
         deletion_curve(Sum(torch.ones(ROWS, COLUMNS)), images, maps, remove="black")  # pyright: ignore
+    for wrong in (maps * torch.nan, maps.expand(2, -1, -1), maps[0]):
+        with pytest.raises(ValueError, match=r"1 images need maps of finite numbers \(1, rows, columns\), got "):
+            faithfulness(Sum(torch.ones(ROWS, COLUMNS)), images, wrong)
+    with pytest.raises(ValueError, match="steps and batch_size must be at least 1, got -1 and 256"):
+        faithfulness(Sum(torch.ones(ROWS, COLUMNS)), images, maps, steps=-1)

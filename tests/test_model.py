@@ -326,6 +326,7 @@ def test_can_learn_four_images_by_heart():
 @pytest.mark.parametrize(
     ("arguments", "numbers"),
     [
+        ({"image_size": (32,)}, "a size is one number of pixels or two, height and width, got (32,)"),
         ({"image_size": 30, "patch_size": 4}, "image height 30 is not a multiple of patch size 4"),
         ({"image_size": (32, 30), "patch_size": 4}, "image width 30 is not a multiple of patch size 4"),
         ({"image_size": 8, "patch_size": 16}, "image height 8 is not a multiple of patch size 16"),

@@ -207,6 +207,11 @@ def test_exit_codes(run, images, tmp_path):
         (["a", "--resume", "--out", "x.json"], "--resume needs --out FILE"),
         (["a", "--format", "parquet"], "--format parquet needs --out FILE"),
         (["a", "--method", "lrp"], "--method says how maps are made; ask for some: --maps DIR, "),
+        (["a", "--out", "./r.csv", "--maps", "r.csv/"], "--out ./r.csv and --maps r.csv/ are the same; each needs a"),
+        (
+            ["a", "--out", "r.html", "--format", "csv", "--report", "./r.html"],
+            "--out r.html and --report ./r.html are t",
+        ),
         (["a", "--target", "class 1"], "--target says which class maps are about; ask for some: --maps DIR or "),
         (["a", "--maps", "m", "--against", "class 1"], "--against class 1 needs a --target to set it against"),
         (["a", "--maps", "m", "--target", "class 1", "--report", "r.html"], "--target is for --maps and --score-maps"),
@@ -636,7 +641,7 @@ def test_records_do_not_replace_what_is_none(run, images, tmp_path):
     assert (code, "has the name of an image" in err) == (2, True)
     page = tmp_path / "page.html"
     code, _, err = run(images / "0/0.png", "--format", "csv", "--out", page, "--report", page)
-    assert (code, f"--out and --report are both {page}" in err) == (2, True)
+    assert (code, f"--out {page} and --report {page} are the same; each needs a name" in err) == (2, True)
 
 
 def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from pathlib import Path
 
@@ -461,6 +461,18 @@ def test_explanation_of_a_class(predictor):
         predictor.explain(image, method="magic")
     with pytest.raises(ImageError, match="nowhere: no such file"):
         predictor.explain("nowhere")
+
+
+def test_a_class_is_known_by_either_way_to_write_an_accent(predictor):
+    """As two characters, which macOS makes of one, or as one; and an empty name is a name."""
+    about = replace(predictor.about, class_names=("cafe\u0301", "", "na\u00efve"))
+    (image,), predictor = pictures(1), Predictor(predictor.model, about, device="cpu")
+    for name, called in (("caf\u00e9", "cafe\u0301"), ("nai\u0308ve", "na\u00efve"), ("", "")):
+        explanation = predictor.explain(image, target=name)
+        assert explanation.target == called
+        assert explanation.caption.startswith(called)
+    with pytest.raises(ValueError, match="target and against are both"):
+        predictor.explain(image, target="caf\u00e9", against="cafe\u0301")
 
 
 def test_a_class_is_not_set_against_itself(predictor):

@@ -542,6 +542,8 @@ def test_contrast_asks_about_the_difference_of_two_logits(model, method):
         (dict(discard=1.0), r"discard must be in \[0, 1\), got 1.0"),
         (dict(method="lrp", target=5), "class 5 is not one of the model's 0 to 4"),
         (dict(method="lrp", target=-1), "class -1 is not one"),
+        (dict(method="lrp", target="cat"), "a class is a number from 0 to 4, got 'cat'"),
+        (dict(method="lrp", target=1.0), "classes are whole numbers, got torch.float32"),
         (dict(method="lrp", target=[1, 2]), "3 images need one class or 3, got 2"),
     ],
 )

@@ -7,6 +7,7 @@ temperature, metrics and how it was trained. Also read: Lightning's ``.ckpt``, t
 import json
 import math
 import os
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -68,6 +69,11 @@ class Checkpoint:
                 raise CheckpointError(f"its metric {name!r} must be a number, got {str(value)[:80]!r}")
 
 
+def composed(name: str) -> str:
+    """A name with each accented letter as one character: macOS stores two, which look the same."""
+    return unicodedata.normalize("NFC", name)
+
+
 def distinct(names: Sequence[str]) -> tuple[str, ...]:
     """The names, those that are there more than once with their number."""
     often = Counter(names)
@@ -85,11 +91,11 @@ def save_checkpoint(
         about: The description.
         dtype: Type to store the weights in, such as torch.bfloat16 for half the size; none keeps theirs.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in state_dict.items()}
     text = json.dumps(describe(about))
     payload = save(tensors, metadata={KEY: text, "format": "pt"})
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # same folder, so that replacing is atomic
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")  # same folder, so that replacing is atomic
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:

@@ -23,7 +23,7 @@ def faithfulness(
     images: Tensor,
     maps: Tensor,
     *,
-    target: Tensor | None = None,
+    target: Tensor | int | None = None,
     remove: Removal = "mean",
     steps: int = 16,
     batch_size: int = 256,
@@ -38,12 +38,16 @@ def faithfulness(
         model: Logits (B, classes) of images, such as a VisionTransformer in eval mode.
         images: Normalised images (B, C, H, W).
         maps: Weight of each patch (B, grid height, grid width); the grid divides H and W.
-        target: Class of each image (B,); none for the predicted one.
+        target: Class of each image (B,), or one for all; none for the predicted one.
         remove: What takes a patch's place: ``mean`` colour of the image, or a ``blur`` of it.
         steps: Steps from the whole image to none of it; at most the number of patches.
         batch_size: Images a forward pass.
         generator: Of the random order; none for torch's own.
+
+    Raises:
+        ValueError: As ``deletion_curve``.
     """
+    maps = maps.float()  # so that the lowest values can go first
     arguments = {"target": target, "remove": remove, "steps": steps, "batch_size": batch_size}
     most = deletion_curve(model, images, maps, **arguments)
     least = deletion_curve(model, images, -maps, **arguments)
@@ -58,7 +62,7 @@ def deletion_curve(
     images: Tensor,
     maps: Tensor,
     *,
-    target: Tensor | None = None,
+    target: Tensor | int | None = None,
     remove: Removal = "mean",
     steps: int = 16,
     batch_size: int = 256,
@@ -68,8 +72,15 @@ def deletion_curve(
     Args are those of ``faithfulness``.
 
     Raises:
-        ValueError: If the grid does not divide the images, or the way to remove patches is unknown.
+        ValueError: If the maps are not one of finite numbers for each image, their grid does not divide the images, the
+            way to remove patches is unknown, or a number is below 1.
     """
+    if maps.ndim != 3 or len(maps) != len(images) or not maps.isfinite().all():
+        raise ValueError(
+            f"{len(images)} images need maps of finite numbers ({len(images)}, rows, columns), got {tuple(maps.shape)}"
+        )
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     height, width = images.shape[-2:]
     rows, columns = maps.shape[1:]
     if height % rows or width % columns:
@@ -77,10 +88,11 @@ def deletion_curve(
     patch = height // rows, width // columns
     removed, blanks = removal_masks(maps, steps), blank(images, remove, patch)  # (B, S + 1, rows, columns)
     cases = removed.shape[1]
-    curve = []
+    curve = [torch.empty(0, device=images.device)]
     with torch.inference_mode():
         if target is None:
             target = torch.cat([model(part).argmax(1) for part in images.split(batch_size)])
+        target = torch.as_tensor(target, device=images.device).expand(len(images))
         for part in torch.arange(len(images) * cases, device=images.device).split(batch_size):
             image, step = part // cases, part % cases
             mask = removed[image, step].repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
@@ -96,7 +108,7 @@ def removal_masks(maps: Tensor, steps: int) -> Tensor:
         maps: Weight of each patch (B, grid height, grid width); the highest goes first.
         steps: Steps from none to all; at most the number of patches.
     """
-    patches = maps[0].numel()
+    patches = maps.shape[1] * maps.shape[2]
     rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, P), 0 goes first
     counts = torch.linspace(0, patches, min(steps, patches) + 1, device=maps.device).round()
     return (rank[:, None] < counts[:, None]).unflatten(2, maps.shape[1:])

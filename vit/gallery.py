@@ -161,7 +161,7 @@ class Gallery:
             image = open_image(path, min_side=LARGEST, white=self.predictor.preprocess.white)
         except ImageError:
             return None, None
-        target = self.target or next(iter(scores))
+        target = next(iter(scores)) if self.target is None else self.target
         caption = f"{subject(target, self.against)} {scores[target]:.1%}"
         entry = {"image": image, "grid": grid.numpy(), "caption": caption}
         entry["box"] = self.predictor.preprocess.box(*image.size)

@@ -28,6 +28,8 @@ CPU_TRAIN_TOKENS = 512
 
 def pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     """(height, width) from one number or two."""
+    if not isinstance(value, int) and not (isinstance(value, tuple | list) and len(value) == 2):
+        raise ValueError(f"a size is one number of pixels or two, height and width, got {value!r}")
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 

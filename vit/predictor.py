@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
+from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, composed, load_checkpoint
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
 from vit.preprocess import ImageError, open_image, reason, told, turn, usable_cores
@@ -259,6 +259,8 @@ class Predictor:
         )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers is {workers}, it must be at least 1")
         for batch in self.classify(batches(given, batch_size or self.batch_size), workers=workers):
             rows = iter(batch.scores)
             for source, error in zip(batch.sources, batch.errors, strict=True):
@@ -282,7 +284,8 @@ class Predictor:
         """
         from vit.rollout import CLASS_METHOD
 
-        target_index, against_index = self.numbers(target, against)
+        numbers = self.numbers(target, against)
+        target, against = (None if number is None else self.class_names[number] for number in numbers)
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
         try:
             file = as_file(image)
@@ -295,14 +298,15 @@ class Predictor:
             raise _named(image, error) from error
         except Exception as error:  # a file object may be anything
             raise ImageError(reason(error, image)) from error
-        scores, grids = self.mapped(pixels[None], method, target_index, against_index)
+        scores, grids = self.mapped(pixels[None], method, *numbers)
         if not (scores.isfinite().all() and grids.isfinite().all()):
             raise _named(image, ImageError(NO_NUMBER))
         prediction = self.prediction(scores[0])
         if prediction.label == against and target is None:
             raise ValueError(f"against is {against!r}, which is the predicted class; name another one as target")
+        about = prediction.label if target is None else target
         box = self.preprocess.box(*opened.size)
-        return Explanation(prediction, target or prediction.label, method, grids[0].numpy(), opened, box, against)
+        return Explanation(prediction, about, method, grids[0].numpy(), opened, box, against)
 
     def numbers(self, target: str | None, against: str | None) -> tuple[int | None, int | None]:
         """Of the classes with these names.
@@ -314,18 +318,24 @@ class Predictor:
         Raises:
             ValueError: If there is no such class, or it is set against itself.
         """
-        if target is not None and target == against:
+        numbers = self._number(target), self._number(against)
+        if target is not None and numbers[0] == numbers[1]:
             raise ValueError(f"target and against are both {target!r}; a class can only be set against another one")
-        return self._number(target), self._number(against)
+        return numbers
 
     def _number(self, name: str | None) -> int | None:
         """The class of this name."""
-        if name is not None and name not in self.class_names:
+        if name is None:
+            return None
+        if name in self.class_names:
+            return self.class_names.index(name)
+        same = [i for i, other in enumerate(self.class_names) if composed(other) == composed(str(name))]
+        if not same:
             near = get_close_matches(str(name), self.class_names, n=SHOWN, cutoff=0.5) or self.class_names[:SHOWN]
             many = len(self.class_names) > SHOWN
             names = f"{len(self.class_names):,} classes have names like" if many else "the classes are"
             raise ValueError(f"no class {name!r}; {names} {', '.join(near if many else self.class_names)}")
-        return None if name is None else self.class_names.index(name)
+        return same[0]
 
     def prediction(self, scores: Tensor) -> Prediction:
         """The probabilities (classes,) of an image, with their names."""

@@ -434,13 +434,18 @@ def _parts(
 def _classes(value: Target | None, model: VisionTransformer, images: Tensor) -> Tensor | None:
     if value is None:
         return None
-    classes = torch.as_tensor(value, device=images.device)
+    try:
+        classes = torch.as_tensor(value, device=images.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"a class is a number from 0 to {model.num_classes - 1}, got {value!r}") from None
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise ValueError(f"classes are whole numbers, got {classes.dtype}")
     if classes.shape not in ((), (len(images),)):
         raise ValueError(f"{len(images)} images need one class or {len(images)}, got {classes.numel()}")
     for c in classes.flatten().tolist():
         if not 0 <= c < model.num_classes:
             raise ValueError(f"class {c} is not one of the model's 0 to {model.num_classes - 1}")
-    return classes.expand(len(images))
+    return classes.long().expand(len(images))
 
 
 def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int:

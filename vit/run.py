@@ -135,7 +135,8 @@ def load_and_classify(options: argparse.Namespace) -> int:
     device = "cpu" if options.engine == "ray" else options.device  # the work is done elsewhere
     try:
         predictor = Predictor.from_checkpoint(options.checkpoint, device=device, precision=options.precision)
-        predictor.numbers(options.target, options.against)
+        numbers = predictor.numbers(options.target, options.against)
+        options.target, options.against = (n if n is None else predictor.class_names[n] for n in numbers)
     except ValueError as error:
         say(f"predict.py: {error}")
         return USAGE

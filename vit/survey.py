@@ -5,7 +5,6 @@ page shows. Shapes in comments: n images of a class, P cells of a grid.
 """
 
 import os
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import PurePath
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vit.checkpoint import composed
 
 SURVEYED = 50_000  # images; the rest of a longer run is left out, so that memory stays flat
 COARSEST = 14  # rows and columns kept of a map, and on the page of what each patch attends to
@@ -156,11 +157,6 @@ class Survey:
         room = min(number - len(examples), len(others))
         sample = [others[(2 * i + 1) * len(others) // (2 * room)] for i in range(room)]
         return sorted(examples + sample, key=place.__getitem__)
-
-
-def composed(name: str) -> str:
-    """A name with each accented letter as one character, of which some file systems make two."""
-    return unicodedata.normalize("NFC", name)
 
 
 def coarse(grid: Tensor) -> Tensor:
