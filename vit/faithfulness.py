@@ -8,7 +8,7 @@ is rough (random maps of CIFAR-10 scatter by 0.16); means over many are not. Sou
 Shapes in comments: B images, P patches, S steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ def faithfulness(
     images: Tensor,
     maps: Tensor,
     *,
-    target: Tensor | int | None = None,
+    target: Tensor | Sequence[int] | int | None = None,
     remove: Removal = "mean",
     steps: int = 16,
     batch_size: int = 256,
@@ -62,7 +62,7 @@ def deletion_curve(
     images: Tensor,
     maps: Tensor,
     *,
-    target: Tensor | int | None = None,
+    target: Tensor | Sequence[int] | int | None = None,
     remove: Removal = "mean",
     steps: int = 16,
     batch_size: int = 256,
