@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
+from vit.quiet import quiet_libraries
 
 VERSION = 3  # part of every cache file's name: raise it when decoding or the layout changes
 SAMPLED = 16  # files of a split whose beginnings are part of a cache file's name
@@ -371,7 +372,7 @@ def decode(files: ImageFiles, num_workers: int, title: str, *, keep: bool = True
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     unreadable: dict[int, str] = {}
     wrong_size = None
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with quiet_libraries(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(files))
         for chunk, (pixels, failures, wrong_size) in zip(chunks, loader, strict=False):
             unreadable |= failures

@@ -22,8 +22,8 @@ from torch import Tensor
 from data.cache import VERSION, DataError, ImageFiles, file_name, one_line, write_atomically
 from data.labels import split_of
 from data.stream import progress, remembered, states
-from vit.checkpoint import distinct
 from vit.preprocess import open_image
+from vit.records import distinct
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data.cache import DataError, one_line, say_once
-from vit.checkpoint import composed
 from vit.preprocess import SUFFIXES
+from vit.records import composed
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 TABLES = (".csv", ".tsv", ".parquet")

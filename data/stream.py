@@ -343,6 +343,10 @@ def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.
                     raise DataError(f"{path}: {file.name}: is stored as a sparse file: pack it without --sparse (-S)")
             if image is not None:
                 yield f"{path}{key if key.startswith('/') else f'/{key}'}", image, endings.get(".cls")
+        file: Any = tar.fileobj
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # for tarfile any end is a good one
+            raise DataError(f"{path}: damaged tar file (it has no end: cut off, or not closed)")
     except (OSError, tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: damaged tar file ({one_line(error)})") from None
 

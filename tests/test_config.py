@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import train
-from vit.config import ConfigError, check_config, mentioned
+from vit.config import ConfigError, check_config, configs_first, mentioned
 
 MISTAKES = {
     "tab": (b"model:\n\tlr: 1\n", ", line 2: a tab, where YAML wants spaces"),
@@ -20,6 +20,12 @@ MISTAKES = {
     "open bracket": (b"model:\n  resolution: [[0.4, 0.5]\ndata: {}\n", ", line 3: "),
     "empty": (b"", ": holds no settings"),
     "a list": (b"- model\n", ": holds no settings"),
+    "a list of settings": (
+        b"data:\n- batch_size: 4\n",
+        ": data is [{'batch_size': 4}], where settings belong: 'NAME: V",
+    ),
+    "a number": (b"fit:\n  trainer: 5\n", ": trainer is 5, where settings belong"),
+    "a name": (b"data:\n  augment: much\n", ": data.augment is 'much', where settings belong"),
     "control character": (b"model: \x00\n", ": no YAML ("),
 }
 
@@ -42,6 +48,29 @@ def test_ours_are_good_and_merge_keys_are_no_repetition(tmp_path):
     path.write_text("model: &small\n  depth: 2\nmore:\n  <<: *small\n  depth: 3\n  a: null\n  b: ''\n  c: ~\n")
     check_config(path)
     check_config(tmp_path / "none.yaml")  # the parser says so
+
+
+def test_settings_may_lie_in_a_file_of_their_own(tmp_path):
+    (tmp_path / "model.yaml").write_text("depth: 2\n")
+    (tmp_path / "mine.yaml").write_text(f"model: {tmp_path}/model.yaml\ndata:\n  augment: null\n")
+    check_config(tmp_path / "mine.yaml")
+
+
+def test_files_stand_before_the_options_that_are_laid_over_them():
+    given = ["fit", "--a", "1", "-c", "x", "--config", "y", "--b=2", "--config=z", "c", "--config"]
+    assert configs_first(given) == [
+        "fit",
+        "-c",
+        "x",
+        "--config",
+        "y",
+        "--config=z",
+        "--config",
+        "--a",
+        "1",
+        "--b=2",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize("form", ["--config={}", "--config {}", "-c {}"])

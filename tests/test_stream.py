@@ -457,6 +457,21 @@ def test_damaged_tar_is_named(tmp_path, shards):
         load_tars(shards, tmp_path)
 
 
+def test_a_tar_that_is_cut_off_anywhere_is_known(tmp_path):
+    """Behind a whole file too, where Python's tarfile sees nothing wrong; its end is a block of zeros."""
+    path = write_shards(tmp_path / "tars", [3]) / "train-000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+        end = tar.offset
+    for length in range(512, end + 512, 512):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"train-000.tar(: damaged tar file|/0000.: no class number)"):
+            load_tars(path.parent, tmp_path / str(length))
+    path.write_bytes(whole[: end + 512])
+    assert load_tars(path.parent, tmp_path / "whole")[1]["train"].lengths == (3,)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

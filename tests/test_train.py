@@ -687,6 +687,32 @@ def test_a_setting_that_is_an_enumeration_is_written_as_its_text(tmp_path):
     assert "interval: step" in (tmp_path / "config.yaml").read_text()
 
 
+def test_options_are_laid_over_files_wherever_they_stand(fitted, tmp_path):
+    """A run's config.yaml holds ``ckpt_path: null``: the run began again where it was to go on."""
+    shutil.copytree(fitted, root := tmp_path / "run")
+    before = (root / "last.ckpt").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        train.main(["fit", "--ckpt_path=last", f"--trainer.default_root_dir={root}", f"--config={root}/config.yaml"])
+    assert ended.value.code == 0
+    assert (root / "last.ckpt").read_bytes() == before
+    assert not (root / "previous").exists()
+    options = ["--ckpt_path", "best", f"--trainer.default_root_dir={root}", "--config", f"{root}/config.yaml"]
+    assert train.main(["test", *options]) == 0
+
+
+def test_a_logger_stands_beside_ours(tmp_path):
+    root, other = tmp_path / "run", tmp_path / "other"
+    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={other}"]
+    assert run("fit", root, "--trainer.max_epochs=1", *logger) == 0
+    assert "CSVLogger" in (root / "config.yaml").read_text()
+    assert table(root)[-1]["val/acc"] > 0
+    (theirs,) = other.rglob("metrics.csv")
+    assert "val/acc" in theirs.read_text()
+    assert run("test", root, "--ckpt_path=best", *logger) == 0
+    assert "test/acc" in (root / "test/metrics.csv").read_text()
+    assert (root / "config.yaml").read_text().count("subcommand") == 0
+
+
 def test_a_measurement_leaves_the_settings_of_the_run_alone(fitted, tmp_path):
     shutil.copytree(fitted, root := tmp_path / "run")
     assert run("test", root, "--ckpt_path=best", "--trainer.logger=false", "--data.batch_size=7") == 0
@@ -936,6 +962,40 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             ["--trainer.callbacks+=Earlystop"],
             "trainer.callbacks cannot be Earlystop; give EarlyStopping?",
         ),
+        "another callback's": (
+            [f"--config={ROOT}/configs/folder.yaml", "--trainer.callbacks+=EarlyStopping"],
+            "trainer.callbacks cannot be EarlyStopping; give it with --trainer.callbacks.monitor",
+        ),
+        "callback alone": (
+            ["--trainer.callbacks=EarlyStopping"],
+            "trainer.callbacks cannot be EarlyStopping; give it with --trainer.callbacks.monitor",
+        ),
+        "callback's option": (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitr=val/loss"],
+            "trainer.callbacks.monitr: there is no such option of what trainer.callbacks names",
+        ),
+        "callback's value": (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.patience=abc"],
+            "trainer.callbacks.patience cannot be abc; give a whole number",
+        ),
+        "logger": (
+            ["--trainer.logger=CSVLogger"],
+            "trainer.logger cannot be CSVLogger; give it with --trainer.logger.save_dir",
+        ),
+        "logger's package": (
+            ["--trainer.logger=WandbLogger"],
+            "WandbLogger needs what is not installed: pip install 'wandb",
+        ),
+        "a list of settings": (
+            ["--data.augment=[1,2]"],
+            "data.augment is [1,2], where settings belong: give them one by one, as --data.augment.NAME VALUE",
+        ),
+        "pairs": (["--model.resolution=[0.5,0.5]"], "model.resolution cannot be 0.5; give [[0.4, 0.5], [0.7, 0.75]]: "),
+        "number": (["--model.depth=x"], "model.depth cannot be x; give a whole number"),
+        "choice": (
+            ["--model.pool=max"],
+            "model.pool cannot be max; give token, mean",
+        ),
         "half a callback": (
             ["--trainer.callbacks+=EarlyStopping"],
             "trainer.callbacks cannot be EarlyStopping; give it with --trainer.callbacks.monitor",
@@ -968,10 +1028,10 @@ def test_mistake_is_one_line(tmp_path, capfd, case):
 @pytest.mark.parametrize(
     ("setting", "default"),
     [
-        ("data.batch_size", "leave it out for its default"),
+        ("data.val_fraction", "leave it out for its default"),
         ("data.augment", "leave it out for its default"),
         ("model.resolution", "leave it out for its default"),
-        ("model.embed_dim", "leave it out for its default"),
+        ("model.mlp_ratio", "leave it out for its default"),
         ("trainer.max_steps", "-1 is no limit"),
     ],
 )

@@ -7,10 +7,8 @@ temperature, metrics and how it was trained. Also read: Lightning's ``.ckpt``, t
 import json
 import math
 import os
-import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
-from vit.records import printable
+from vit.records import distinct, printable
 
 SHIPPED = Path(__file__).parent / "weights" / "cifar10.safetensors"  # the weights that come with the code
 FORMAT_VERSION = 1
@@ -67,17 +65,6 @@ class Checkpoint:
         for name, value in self.metrics.items():
             if not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > 2**53):
                 raise CheckpointError(f"its metric {name!r} must be a number, got {str(value)[:80]!r}")
-
-
-def composed(name: str) -> str:
-    """A name with each accented letter as one character: macOS stores two, which look the same."""
-    return unicodedata.normalize("NFC", name)
-
-
-def distinct(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, those that are there more than once with their number."""
-    often = Counter(names)
-    return tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
 def save_checkpoint(

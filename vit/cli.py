@@ -24,7 +24,7 @@ from rich.console import Console
 
 from vit.checkpoint import load_checkpoint
 from vit.classifier import MOST_TABLED
-from vit.config import mentioned
+from vit.config import configs_first, mentioned
 from vit.folder import RESULTS, check_writable, locked, of_another, put_aside, put_back, refuse_foreign
 from vit.guard import Guard
 from vit.history import History
@@ -96,6 +96,8 @@ class TrainCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any):
         words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
         self.command = words[0] if isinstance(words, list) and words and words[0] in COMMANDS else None
+        if self.command:
+            kwargs["args"] = configs_first(words)
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -163,7 +165,12 @@ class TrainCLI(LightningCLI):
         start = model["pretrained"]
         if start and self.going_on:
             model["pretrained"] = str(self.going_on)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of a page
+            if lacks := re.search(r"class_path '[\w.]*?(\w+)':\s+Requirement '(.*?)' not met", str(error)):
+                raise ValueError(f"{lacks[1]} needs what is not installed: pip install '{lacks[2]}'") from error
+            raise
         if self.subcommand == "fit":
             model["pretrained"] = self.model.pretrained = self.model.hparams["pretrained"] = start
 
@@ -196,7 +203,7 @@ class TrainCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         root = Path(self.trainer.default_root_dir)
-        if subcommand != "fit" and self._get(self.config, "trainer.logger") is None:
+        if subcommand != "fit" and self._get(self.config, "trainer.logger") is not False:
             check_writable(root / subcommand)  # TensorBoard's thread would say so in forty lines
         if self._writes(subcommand):
             refuse_foreign(root)
@@ -366,7 +373,7 @@ class TrainCLI(LightningCLI):
             for name, value in callback.get("init_args", {}).items():
                 if isinstance(value, Enum):  # Timer's default, which config.yaml could not hold
                     callback["init_args"][name] = value.value
-        if self.subcommand != "fit" and config["logger"] is not None:
+        if self.subcommand != "fit" and config["logger"] is False:
             self.save_config_callback = None  # it would put this command's config.yaml in the place of the run's
         balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
         if balance and monitor == "val/acc":  # which the small classes hardly move
@@ -396,9 +403,11 @@ class TrainCLI(LightningCLI):
             if rank_zero_only.rank == 0:
                 print(f"training in float32: this {device.type} has no fast bfloat16", file=sys.stderr)
         kwargs["plugins"] = [*several(given["plugins"]), CheckpointFile()]
-        if config["logger"] is None:
+        if config["logger"] is not False:
             root, part = config["default_root_dir"], "" if self.subcommand == "fit" else str(self.subcommand)
-            kwargs["logger"] = [History(Path(root, part)), TensorBoardLogger(root, name="", version=part)]
+            named = [logger for logger in several(given["logger"]) if logger is not True]
+            others = named or [TensorBoardLogger(root, name="", version=part)]
+            kwargs["logger"] = [History(Path(root, part)), *others]  # the first one's folder gets config.yaml
         callbacks = several(given["callbacks"])
         if config["enable_progress_bar"] is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             kwargs["callbacks"] = [*callbacks, TrainingProgress()]

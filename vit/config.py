@@ -2,15 +2,24 @@
 
 import re
 from argparse import Action
+from collections.abc import Sequence
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch import callbacks
+from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
+
+EXPECTED = r"Parser key \"([\w.]+)\":\s*Expected an? (?:<class '(\w+)'>|typing.Literal\[(.*?)\])\. Got value: (.*)"
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+FORMS = {
+    "data.image_size": "224, or [224, 320] for height and width",
+    "model.resolution": "[[0.4, 0.5], [0.7, 0.75]]: pairs of a share of the steps and a factor of the size until then",
+}
+SECTIONS = {"model", "data", "data.augment", "trainer", "checkpoint", "guard"}
 
 
 class ConfigError(ValueError):
@@ -58,6 +67,16 @@ def check_config(path: str | Path) -> None:
         raise ConfigError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: holds no settings, as 'model:' and below it '  lr: 0.001'")
+    for part in (settings, *(part for part in settings.values() if isinstance(part, dict))):  # or under ``fit:``
+        inner = part.get("data")
+        named = {**part, "data.augment": (inner.get("augment") or {}) if isinstance(inner, dict) else {}}
+        for name in SECTIONS & named.keys():
+            value = named[name]
+            file = isinstance(value, str) and Path(value).is_file()  # which may hold the settings instead
+            if not isinstance(value, dict) and not file:
+                raise ConfigError(
+                    f"{path}: {name} is {value!r}, where settings belong: 'NAME: VALUE' in lines below it"
+                )
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -79,21 +98,59 @@ class Parser(LightningArgumentParser):
             message = "no data set is named: give --data.dataset, or a --config FILE that names one"
         union = r'Parser key "([\w.]+)":.*?Does not validate against any of the Union subtypes(.*)Given value: (.*)'
         if mistaken := re.search(union, message, re.S):  # whose text names types of Python, not what to write
-            name, types, value = mistaken.groups()
-            value = re.sub(r"^\[Namespace\(class_path='[\w.]*?(\w+)'.*", r"\1", value.strip(), flags=re.S)
-            lacks = re.search(r"required: ([\w, ]+)", types)
-            choices = sorted(set(re.findall(r"'([\w-]+)'", "".join(re.findall(r"Literal\[(.*?)\]", types)))))
-            forms = {"data.image_size": "224, or [224, 320] for height and width"}.get(name, ", ".join(choices))
-            if name == "trainer.callbacks":
-                near = get_close_matches(value, dir(callbacks), n=1)
-                forms = f"it with --{name}.{lacks[1]}" if lacks else "".join(f"{one}?" for one in near if one != value)
-            message = f"{name} cannot be {value}" + (f"; give {forms}" if forms else "")
+            message = refusal(*mistaken.groups())
+        elif mistaken := re.search(EXPECTED, message):
+            name, kind, choices, value = mistaken.groups()
+            kind = KINDS.get(kind, kind) or choices.replace("'", "")
+            message = f"{name} cannot be {value}; give {FORMS.get(name, kind)}"
+        elif mistaken := re.search(r"Parser key \"([\w.]+)\":\s*Unable to load config '(.*?)'\s", message, re.S):
+            name, value = mistaken.groups()
+            message = f"{name} is {value}, where settings belong: give them one by one, as --{name}.NAME VALUE"
         if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
             parser = getattr(ex, "subcommand_parser", self)
             known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
             dashes = "--" if "arguments: --" in wrong[0] else ""
             message += "".join(f"; did you mean {dashes}{name}?" for name in get_close_matches(wrong[1], known, n=1))
         raise ValueError(message) from ex
+
+
+def refusal(name: str, types: str, value: str) -> str:
+    """What a setting cannot be, and what it could.
+
+    Args:
+        name: Of the setting.
+        types: What jsonargparse says of each type that it may have.
+        value: As jsonargparse shows it.
+    """
+    if nested := re.fullmatch(r"NestedArg\(key='(.*?)', val='?(.*?)'?\)", value.strip()):
+        option, value = nested.groups()
+        if said := re.search(rf"- ({option} cannot be .*)", types):  # by the parser of the class's own options
+            return f"{name}.{said[1]}"
+        return f"{name}.{option}: there is no such option of what {name} names"
+    lacks = re.search(r"required: ([\w, ]+)", types)
+    if classes := re.findall(r"Namespace\(class_path='[\w.]*?(\w+)'((?:(?!Namespace\(class_path).)*)", value, re.S):
+        missing = f"{lacks[1].split(', ')[0]}=None" if lacks else ""
+        value = next((given for given, arguments in classes if missing in arguments), classes[-1][0])
+    choices = sorted(set(re.findall(r"'([\w-]+)'", "".join(re.findall(r"Literal\[(.*?)\]", types)))))
+    forms = FORMS.get(name) or ", ".join(choices)
+    if name in ("trainer.callbacks", "trainer.logger"):
+        near = get_close_matches(value, dir(callbacks if name == "trainer.callbacks" else loggers), n=1)
+        forms = f"it with --{name}.{lacks[1]}" if lacks else "".join(f"{one}?" for one in near if one != value)
+    return f"{name} cannot be {value}" + (f"; give {forms}" if forms else "")
+
+
+def configs_first(words: Sequence[str]) -> list[str]:
+    """A command with its files right behind it, in their order: options are laid over them, wherever they stand."""
+    command, *words = words
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word in ("--config", "-c"):
+            files += [word, *islice(rest, 1)]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return [command, *files, *others]
 
 
 def configs(args: Any) -> list[str]:

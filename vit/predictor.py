@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, composed, load_checkpoint
+from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
 from vit.preprocess import ImageError, open_image, reason, told, turn, usable_cores
+from vit.records import composed
 
 File = str | Path | IO[bytes] | Image.Image
 Source = File | np.ndarray

@@ -26,9 +26,10 @@ from timm.models import load_pretrained as load_weights
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, distinct, load_checkpoint
+from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
+from vit.records import distinct
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # by timm's class names
 REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # what timm.create_model takes beside the names of its registry

@@ -9,7 +9,9 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +35,17 @@ def shown(name: str) -> str:
 def printable(text: str) -> str:
     """Text that moves no terminal: control characters, newlines included, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def composed(name: str) -> str:
+    """A name with each accented letter as one character: macOS stores two, which look the same."""
+    return unicodedata.normalize("NFC", name)
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, those that are there more than once with their number."""
+    often = Counter(names)
+    return tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
 class Format:

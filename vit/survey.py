@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit.checkpoint import composed
+from vit.records import composed
 
 SURVEYED = 50_000  # images; the rest of a longer run is left out, so that memory stays flat
 COARSEST = 14  # rows and columns kept of a map, and on the page of what each patch attends to
