@@ -174,6 +174,8 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     """
     try:
         rows = read_table(file)
+    except DataError:  # which says it in our words
+        raise
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: cannot be read ({one_line(error)})") from None
     if not rows:

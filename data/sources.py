@@ -239,6 +239,8 @@ def load_files(dataset: str, options: Options) -> Source:
         for path in paths:
             if not path.is_dir():
                 what = "is a file" if path.exists() else "is no folder and no known data set"
+                if path.suffix.lower() in TABLES:
+                    what = "is a table, which stands alone" if path.exists() else "is not there"
                 raise DataError(f"{path} {what}: --data.dataset takes {FORMS}")
         class_names, parts = list_images(paths)
     files = {

@@ -501,6 +501,14 @@ def test_bad_folder_is_one_line_that_names_the_path(tmp_path, load, case):
     assert "\n" not in message
 
 
+def test_tables_that_are_not_there_or_not_alone(tmp_path, load):
+    (tmp_path / "a.csv").write_text("path,label\n")
+    with pytest.raises(DataError, match=r"b.csv is not there: --data.dataset takes 'digits'"):
+        load(str(tmp_path / "b.csv"))
+    with pytest.raises(DataError, match=r"a.csv is a table, which stands alone: --data.dataset takes 'digits'"):
+        load(f"{tmp_path}/a.csv,{tmp_path}/b.csv")
+
+
 def test_sizes_that_differ_name_both_files(tmp_path, load):
     folder = make(tmp_path / "x", train__a=2, train__b=2, val__a=1)
     Image.new("RGB", (7, 6)).save(folder / "val" / "a" / "0.png")
