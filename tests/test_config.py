@@ -52,8 +52,12 @@ def test_ours_are_good_and_merge_keys_are_no_repetition(tmp_path):
 
 def test_settings_may_lie_in_a_file_of_their_own(tmp_path):
     (tmp_path / "model.yaml").write_text("depth: 2\n")
-    (tmp_path / "mine.yaml").write_text(f"model: {tmp_path}/model.yaml\ndata:\n  augment: null\n")
-    check_config(tmp_path / "mine.yaml")
+    for name in (f"{tmp_path}/model.yaml", "model.yaml"):
+        (tmp_path / "mine.yaml").write_text(f"model: {name}\ndata:\n  augment: null\n")
+        check_config(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text(f"model: {'x' * 5000}\n")
+    with pytest.raises(ConfigError, match="where settings belong"):
+        check_config(tmp_path / "mine.yaml")
 
 
 def test_files_stand_before_the_options_that_are_laid_over_them():

@@ -544,7 +544,7 @@ def test_a_model_that_gives_no_numbers_is_an_error(predictor):
     (image,) = pictures(1)
     with pytest.MonkeyPatch.context() as patch:  # scores that are numbers, and a map that is none
         patch.setitem(METHODS, "last", broken)
-        (batch,) = predictor.classify([[image]], method="last")
+        (batch,) = predictor.classify([[image]], method="last", score_maps=True)
         assert "no number" in str(batch.errors[0])
         assert len(batch.scores) == len(batch.grids) == 0
         with pytest.raises(ImageError, match="no number"):

@@ -1,5 +1,6 @@
 """Settings, in YAML files and on the command line: what is wrong is said in one line, with the file and its line."""
 
+import os
 import re
 from argparse import Action
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ def check_config(path: str | Path) -> None:
         named = {**part, "data.augment": (inner.get("augment") or {}) if isinstance(inner, dict) else {}}
         for name in SECTIONS & named.keys():
             value = named[name]
-            file = isinstance(value, str) and Path(value).is_file()  # which may hold the settings instead
+            # A file may hold the settings instead, beside this one.
+            file = isinstance(value, str) and any(map(os.path.isfile, (value, path.parent / value)))
             if not isinstance(value, dict) and not file:
                 raise ConfigError(
                     f"{path}: {name} is {value!r}, where settings belong: 'NAME: VALUE' in lines below it"

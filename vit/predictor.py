@@ -431,7 +431,8 @@ class Predictor:
         """
         from vit.faithfulness import area, deletion_curve
 
-        images, grids, target = self.normalized(pixels), grids.to(self.device), target.to(self.device)
+        images, target = self.normalized(pixels), target.to(self.device)
+        grids = grids.to(self.device).nan_to_num()  # an image that has no numbers is no reason to leave out the others
         deletion, insertion = (
             area(deletion_curve(self.model, images, order, target=target, batch_size=self.batch_size))
             for order in (grids, -grids)
