@@ -281,6 +281,33 @@ def test_gradient_reaches_every_parameter(arguments):
     assert [name for name in without if not name.endswith("k_norm.bias")] == []
 
 
+def gradients(model: VisionTransformer, x: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    F.cross_entropy(model(x).float(), torch.tensor([0, 1, 2])).backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@variants
+def test_gradients_with_the_weights_held_are_those_of_fused_attention(arguments, monkeypatch):
+    model = small(**arguments).double()
+    x = images(model).double()
+    held = gradients(model, x)
+    monkeypatch.setattr("vit.model.CPU_TRAIN_TOKENS", 0)
+    monkeypatch.setattr("vit.model.Scores", None)
+    torch.testing.assert_close(held, gradients(model, x), atol=1e-6, rtol=0)
+
+
+@variants
+def test_gradients_in_mixed_precision(arguments):
+    model = small(**arguments)
+    x = images(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = gradients(model, x)
+    for ours, exact in zip(mixed, gradients(model, x), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, exact, atol=0.05 * float(exact.abs().max()) + 1e-3, rtol=0)
+
+
 def test_stochastic_depth_drops_whole_branches_in_training_only():
     model = small(drop_path_rate=0.5, depth=2)
     block, x = model.blocks[1], torch.randn(400, 3, 32)

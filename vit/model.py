@@ -141,6 +141,28 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
     return (x * turns[0] + torch.cat([-second, first], -1) * turns[1]).to(x.dtype)
 
 
+class Scores(torch.autograd.Function):
+    """Scaled products of queries (B, R, d) and keys (B, N, d), with the gradient of the keys laid out as they are.
+
+    PyTorch's own is laid out as the transposed keys: what is compiled then gathers it number by number, and training
+    takes a seventh longer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.scale = scale
+        return torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients
+        q, k = (x.to(gradient.dtype) for x in ctx.saved_tensors)
+        unused = gradient.new_empty(())
+        of_q = torch.baddbmm(unused, gradient, k, beta=0, alpha=ctx.scale)
+        return of_q, torch.baddbmm(unused, gradient.transpose(1, 2), q, beta=0, alpha=ctx.scale), None
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: every token asks all tokens and takes the weighted sum of their values.
 
@@ -183,10 +205,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> Tensor:
         """What the first tokens, or all, take from all tokens: (B, first or N, D) from (B, N, D)."""
+        q, k, v = self.heads(x, turns, first)
         few = x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS
         if few and (x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
-            return self.explain(x, turns, first)[0]
-        q, k, v = self.heads(x, turns, first)
+            weights = Scores.apply(q.flatten(0, 1), k.flatten(0, 1), self.scale).softmax(-1)
+            return self.merge(weights.unflatten(0, q.shape[:2]).to(v.dtype) @ v)
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
     def explain(
