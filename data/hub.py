@@ -136,6 +136,9 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
         found: Any = datasets.load_dataset(dataset, cache_dir=cache, streaming=streaming)
         files: Any = datasets.load_dataset_builder(dataset, cache_dir=cache).config.data_files if streaming else None
     except Exception as error:  # no network, no such name, damaged files: each has its own
+        if Path(dataset, "state.json").is_file():  # "please use load_from_disk", says the library
+            how = "datasets.load_from_disk(FOLDER).to_parquet('OTHER/train.parquet')"
+            raise DataError(f"{dataset}: written by save_to_disk: write it as parquet in a folder, {how}") from None
         raise DataError(f"{dataset}: cannot be loaded ({one_line(error)})") from None
     # Rows that are streamed have no fingerprint; their files do: on this machine by size and time of change, elsewhere
     # by the revision or tag that ``datasets`` found.

@@ -185,7 +185,7 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     for number, row in enumerate(rows, 1):
         values = {name: cell(row.get(name)) for name in ("path", "label", "split")}
         if missing := next((name for name in ("path", "label") if not values[name]), None):
-            found = ", ".join(map(str, row)) if missing not in row else f"row {number} is empty there"
+            found = f"has {', '.join(map(repr, row))}" if missing not in row else f"row {number} is empty there"
             raise DataError(f"{file}: needs a column {missing!r} for each image, but {found}")
         if (first := seen.setdefault(os.path.abspath(file.parent / values["path"]), number)) != number:
             twice = f"rows {first} and {number} are both {values['path']}"
@@ -226,7 +226,9 @@ def read_table(file: Path) -> Iterable[dict[str, Any]]:
         lines.seek(0)
         # A spreadsheet of a country where the comma is in numbers has semicolons in its CSV.
         comma = ";" if ";" in header and "," not in header else ","
-        rows = list(csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else comma))
+        table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else comma)
+        table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+        rows = list(table)
     for number, row in enumerate(rows, 1):
         path = str(row.get("path") or "")
         if not path.isascii() and any("\udc80" <= c <= "\udcff" for c in path) and not (file.parent / path).exists():

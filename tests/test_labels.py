@@ -125,6 +125,12 @@ def test_a_table_in_another_encoding_or_without_rows(tmp_path, content, message)
     str(error.value).encode()
 
 
+def test_spaces_in_a_tables_header_do_not_count(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("path, label ,split\na.png,x,\nb.png,y,\n")
+    assert list_table(path)[0] == ("x", "y")
+
+
 def test_accents_are_the_same_however_they_are_stored(tmp_path, load):
     """Training images copied from Linux, validation images from macOS."""
     forms: tuple[Any, Any] = ("NFC", "NFD")
@@ -144,7 +150,7 @@ def test_accents_are_the_same_however_they_are_stored(tmp_path, load):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ([{"file": "a", "label": "cat"}], r"labels.csv: needs a column 'path' for each image, but file, label"),
+        ([{"file": "a", "label": "cat"}], r"labels.csv: needs a column 'path' for each image, but has 'file', 'label'"),
         ([{"path": "a.png", "label": ""}], r"labels.csv: needs a column 'label' for each image, but row 1 is empty"),
         ([{"path": "a", "label": "cat"}], r"labels.csv: 1 classes in the training images, two or more are needed"),
         ([{"path": "a", "label": "x", "split": "fold3"}], r"labels.csv: split 'fold3' is none of train, val, test"),

@@ -319,6 +319,14 @@ def test_stochastic_depth_drops_whole_branches_in_training_only():
         assert ((block(x, None) - x).abs().amax(dim=(1, 2)) > 0).all()
 
 
+def test_a_model_of_stochastic_depth_is_exported_for_any_number_of_images():
+    model = small(drop_path_rate=0.5)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (images(model),), dynamic_shapes=batch).module()
+    five = images(model, 5)
+    torch.testing.assert_close(program(five), model(five), atol=1e-6, rtol=0)
+
+
 def test_stochastic_depth_keeps_the_expectation():
     attention_only = small(drop_path_rate=0.5, depth=2, mlp_ratio=1)
     block, x = attention_only.blocks[1], torch.randn(1, 3, 32)

@@ -128,18 +128,30 @@ def test_reads_a_folder_of_timm(tmp_path):
 
 def test_reads_plain_weights_if_told_of_what(tmp_path):
     file = tmp_path / "weights.safetensors"
-    theirs = timm.create_model("test_vit", num_classes=7).eval()
+    theirs = timm.create_model("test_vit").eval()
     save_file(theirs.state_dict(), file)
     with pytest.raises(CheckpointError, match=re.escape(f"write TIMM_NAME={file}")):
         load_pretrained(file)
-    with pytest.raises(CheckpointError, match="cannot be loaded"):  # seven classes are not the name's thousand
-        load_pretrained(f"test_vit={file}")
-    theirs = timm.create_model("test_vit").eval()
-    save_file(theirs.state_dict(), file)
     model, about = load_pretrained(f"test_vit={file}")
     images = torch.randn(2, 3, 160, 160)
     torch.testing.assert_close(model(images), theirs(images), atol=1e-5, rtol=0)
     assert len(about.class_names) == 1000
+
+
+@pytest.mark.parametrize("classes", [7, 0])
+def test_reads_what_timm_s_own_script_has_fine_tuned(tmp_path, classes):
+    """Weights for other classes than the name says, or for none."""
+    file = tmp_path / "model_best.pth.tar"
+    theirs = timm.create_model("test_vit", num_classes=classes).eval()
+    torch.save({"arch": "test_vit", "epoch": 3, "state_dict": theirs.state_dict()}, file)
+    with pytest.raises(CheckpointError, match=re.escape(f"write TIMM_NAME={file}")):
+        load_pretrained(file)
+    model, about = load_pretrained(f"test_vit={file}")
+    assert about.class_names == tuple("0123456"[:classes])
+    if classes:
+        images = torch.randn(2, 3, 160, 160)
+        torch.testing.assert_close(model(images), theirs(images), atol=1e-5, rtol=0)
+    assert torch.equal(model.blocks[1].mlp.fc2.weight, theirs.state_dict()["blocks.1.mlp.fc2.weight"])
 
 
 def test_no_weight_is_missing_or_left_over_silently(tmp_path):

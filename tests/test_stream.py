@@ -631,6 +631,13 @@ def test_splits_whose_labels_are_secret_are_left_out(hub, options, secret):
         StreamDataset(source.test)[StreamDraw(0, (0, 4), 0, 4)]
 
 
+def test_a_set_that_was_saved_to_disk_is_said_how_to_write(tmp_path, options):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"label": [0, 1]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"saved: written by save_to_disk: write it as parquet in a folder, datasets\."):
+        load_source(f"hfds/{tmp_path}/saved", **options)
+
+
 def test_missing_hub_set_is_one_line(tmp_path, options, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

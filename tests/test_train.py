@@ -962,6 +962,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             ["--trainer.callbacks+=Earlystop"],
             "trainer.callbacks cannot be Earlystop; give EarlyStopping?",
         ),
+        "own callback": (
+            ["--trainer.callbacks+=my_package.Callback"],
+            "trainer.callbacks cannot be my_package.Callback; give one of lightning or vit; import_path_allowlist in",
+        ),
         "another callback's": (
             [f"--config={ROOT}/configs/folder.yaml", "--trainer.callbacks+=EarlyStopping"],
             "trainer.callbacks cannot be EarlyStopping; give it with --trainer.callbacks.monitor",

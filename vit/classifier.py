@@ -28,7 +28,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from vit.calibration import Temperature
 from vit.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
-from vit.model import VisionTransformer
+from vit.model import VisionTransformer, pair
 from vit.optim import build_optimizer, learning_rate
 from vit.preprocess import Preprocess
 from vit.pretrained import load_pretrained, start_from
@@ -49,7 +49,7 @@ class ViTClassifier(LightningModule):
     """A vision transformer in training.
 
     Args:
-        image_size: Height and width of the images, in pixels; from the data.
+        image_size: Height and width of the images, in pixels, or one number for both; from the data.
         class_names: Name of each class, in the order of the labels; from the data.
         mean: Mean of each channel, of values in [0, 1]; from the data.
         std: Standard deviation of each channel, of values in [0, 1]; from the data.
@@ -78,7 +78,7 @@ class ViTClassifier(LightningModule):
     def __init__(
         self,
         *,
-        image_size: Sequence[int],
+        image_size: int | Sequence[int],
         class_names: Sequence[str],
         mean: Sequence[float],
         std: Sequence[float],
@@ -105,7 +105,7 @@ class ViTClassifier(LightningModule):
         self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
         self.resumed = False  # whether these are the weights of a checkpoint
         self.measured = False  # whether it holds the best of weights that were validated
-        size = image_size[0], image_size[1]
+        size = pair(image_size)
         if pretrained is None:
             self.vit = VisionTransformer(image_size=size, in_chans=len(mean), num_classes=len(class_names), **vit)
         else:

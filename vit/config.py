@@ -138,6 +138,8 @@ def refusal(name: str, types: str, value: str) -> str:
     if name in ("trainer.callbacks", "trainer.logger"):
         near = get_close_matches(value, dir(callbacks if name == "trainer.callbacks" else loggers), n=1)
         forms = f"it with --{name}.{lacks[1]}" if lacks else "".join(f"{one}?" for one in near if one != value)
+        if "." in value and value.partition(".")[0] not in ("lightning", "vit"):
+            forms = "one of lightning or vit; import_path_allowlist in train.py lets in others"
     return f"{name} cannot be {value}" + (f"; give {forms}" if forms else "")
 
 

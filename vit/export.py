@@ -131,8 +131,7 @@ class Explained(nn.Module):
 
     def __init__(self, model: VisionTransformer, about: Checkpoint):
         super().__init__()
-        # Without stochastic depth, which does nothing here but would fix the size of the batch in the exported graph.
-        self.model = VisionTransformer(**{**model.architecture, "drop_path_rate": 0.0})
+        self.model = VisionTransformer(**model.architecture)  # of its own, as the caller's may be in training
         self.model.load_state_dict(model.state_dict(), assign=True)
         self.about = about
 

@@ -286,7 +286,9 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * F.dropout(x.new_ones(len(x), 1, 1), self.rate, self.training)
+        if not self.training:
+            return x
+        return x * F.dropout(x.new_ones(x.shape[0], 1, 1), self.rate)
 
 
 class Block(nn.Module):

@@ -71,7 +71,8 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
         try:
             return load_checkpoint(source)
         except CheckpointError as error:
-            if "written by another program" not in str(error):
+            plain = text.endswith((".pth", ".pt", ".bin", ".tar")) or "written by another program" in str(error)
+            if not plain:
                 raise
             raise CheckpointError(
                 f"{source}: plain weights do not say what model they are of; write TIMM_NAME={source}, or name the "
@@ -95,8 +96,12 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
     try:
         with torch.device("meta"):
             architecture_of(create(pretrained=False))
-        overlay = {"pretrained_cfg_overlay": {"file": file, "custom_load": file.endswith(".npz")}} if file else {}
-        theirs: Any = create(pretrained=False, **overlay)
+        overlay: dict[str, Any] = {"file": file, "custom_load": file.endswith(".npz")} if file else {}
+        asked: dict[str, Any] = {"pretrained_cfg_overlay": overlay} if file else {}
+        if file and not overlay["custom_load"]:  # perhaps fine-tuned, for other classes than the name says
+            head = timm.models.load_state_dict(file).get("head.weight", ())
+            asked["num_classes"] = overlay["num_classes"] = len(head)
+        theirs: Any = create(pretrained=False, **asked)
         for weights in theirs.parameters():
             weights.data.fill_(math.nan)  # what a file of arrays lacks would stay random, without a word
         told = theirs.pretrained_cfg.get("num_classes")  # as by the model, or timm would drop the head and be lax
