@@ -288,17 +288,15 @@ class Predictor:
         numbers = self.numbers(target, against)
         target, against = (None if number is None else self.class_names[number] for number in numbers)
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
+        source = kept(image)  # as it is now: it is decoded twice
         try:
-            file = as_file(image)
-            if hasattr(file, "read") and not getattr(file, "seekable", bool)():
-                with turn(file):
-                    file = io.BytesIO(file.read())  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(source, Unreadable):
+                raise ImageError(source.error)
+            file = as_file(source)
             pixels = self.preprocess.load(file)  # what ``predict`` sees: a large JPEG is decoded smaller
             opened = open_image(file, self.preprocess.mode, white=self.preprocess.white)
         except ImageError as error:
             raise _named(image, error) from error
-        except Exception as error:  # a file object may be anything
-            raise ImageError(reason(error, image)) from error
         scores, grids = self.mapped(pixels[None], method, *numbers)
         if not (scores.isfinite().all() and grids.isfinite().all()):
             raise _named(image, ImageError(NO_NUMBER))
