@@ -20,10 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
+from vit.faithfulness import area, deletion_curve
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
 from vit.preprocess import ImageError, open_image, reason, told, turn, usable_cores
 from vit.records import composed
+from vit.rollout import CLASS_METHOD, attention_map
+from vit.visualize import enlarged, overlay
 
 File = str | Path | IO[bytes] | Image.Image
 Source = File | np.ndarray
@@ -93,8 +96,6 @@ class Explanation:
     @property
     def map(self) -> np.ndarray:
         """The grid from its least, 0, to its most, 1, smoothly enlarged to the pixels (H, W) of ``image.crop(box)``."""
-        from vit.visualize import enlarged
-
         left, top, right, bottom = (round(edge) for edge in self.box)
         return enlarged(self.grid, max(1, right - left), max(1, bottom - top))
 
@@ -105,8 +106,6 @@ class Explanation:
 
     def overlay(self) -> Image.Image:
         """A picture of image, map and caption."""
-        from vit.visualize import overlay
-
         return overlay(self.image, self.grid, box=self.box, caption=self.caption)
 
 
@@ -283,8 +282,6 @@ class Predictor:
             ImageError: As ``predict``, and where the model gives no number.
             ValueError: If there is no such class or method, or a class is set against itself.
         """
-        from vit.rollout import CLASS_METHOD
-
         numbers = self.numbers(target, against)
         target, against = (None if number is None else self.class_names[number] for number in numbers)
         method = method or ("rollout" if target is against is None else CLASS_METHOD)
@@ -427,8 +424,6 @@ class Predictor:
             grids: Their maps (B, grid height, grid width).
             target: Number of the class they are about (B,).
         """
-        from vit.faithfulness import area, deletion_curve
-
         images, target = self.normalized(pixels), target.to(self.device)
         grids = grids.to(self.device).nan_to_num()  # an image that has no numbers is no reason to leave out the others
         deletion, insertion = (
@@ -499,8 +494,6 @@ class Predictor:
             target: Number of the class the maps are about; none for the predicted one.
             against: Number of the class to set it against; none for no contrast.
         """
-        from vit.rollout import attention_map
-
         logits, grids = attention_map(
             self.model, self.normalized(pixels), method=method, target=target, against=against
         )

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from vit.preprocess import MODES, Preprocess
-from vit.rollout import METHODS
+from vit.rollout import METHODS, attention_map
+from vit.visualize import contact_sheet
 
 
 class Watch(Callback):
@@ -74,9 +75,6 @@ class Watch(Callback):
 
     def _sheet(self, pl_module: Any) -> np.ndarray:
         """The picture (H, W, 3), uint8."""
-        from vit.rollout import attention_map
-        from vit.visualize import contact_sheet
-
         images = torch.stack([image for image, _ in self.kept])
         logits, grids = attention_map(pl_module.vit, images, method=self.method)
         scores = logits.float().softmax(1).cpu()
