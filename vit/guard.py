@@ -74,7 +74,7 @@ class Guard(Checkpoint):
             return  # only the main thread may handle signals
         # After Lightning's own handlers, which save in the middle of a step; its teardown restores what was before.
         handled = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGUSR1") and callable(requeue := signal.getsignal(signal.SIGUSR1)):
+        if callable(requeue := signal.getsignal(signal.SIGUSR1)):
             self.requeue = requeue  # Lightning's, where SLURM runs us
             handled.append(signal.SIGUSR1)
         for signum in handled:
@@ -201,7 +201,7 @@ class Guard(Checkpoint):
             self.cost = self.saved - start
         if not self.signal or self.done:
             return
-        if self.signal == getattr(signal, "SIGUSR1", None):
+        if self.signal == signal.SIGUSR1:
             self.requeue(self.signal, None)  # a checkpoint of its own, and scontrol requeue
             for extra in path.parent.glob("hpc_ckpt_*.ckpt") if trainer.is_global_zero else ():
                 extra.unlink(missing_ok=True)  # or Lightning would begin any later run in this folder with it

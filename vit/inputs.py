@@ -159,11 +159,9 @@ def expand(pattern: str) -> Iterator[str]:
     ``glob.iglob`` has the same rules (hidden names only when asked for) but no order, without which no run can be
     resumed.
     """
-    drive, pattern = os.path.splitdrive(pattern)
-    root = os.sep if pattern.startswith(os.sep) else ""
-    parts = [part for part in pattern.split(os.sep) if part]
+    parts = [part for part in pattern.split("/") if part]
     parts = [part for part, following in zip(parts, [*parts[1:], ""], strict=True) if not part == following == "**"]
-    files = _expand(drive + root, parts)
+    files = _expand("/" if pattern.startswith("/") else "", parts)
     if parts.count("**") > 1:  # which meet a file in more than one way
         yield from dict.fromkeys(files)
     else:

@@ -606,8 +606,7 @@ def _survive_fork() -> None:
 
     They lack the other threads of OpenMP's pool, which would be waited for.
     """
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def _named(source: object, error: ImageError) -> ImageError:

@@ -48,8 +48,7 @@ def _new_locks() -> None:
     _turns[:] = [threading.Lock() for _ in _turns]
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_locks)
+os.register_at_fork(after_in_child=_new_locks)
 
 
 class ImageError(ValueError):

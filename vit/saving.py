@@ -86,10 +86,9 @@ def reason(error: BaseException) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a new name in a folder outlive a power cut; not every system can open a folder."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make a new name in a folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
