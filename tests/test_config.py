@@ -61,7 +61,7 @@ def test_settings_may_lie_in_a_file_of_their_own(tmp_path):
 
 
 def test_files_stand_before_the_options_that_are_laid_over_them():
-    given = ["fit", "--a", "1", "-c", "x", "--config", "y", "--b=2", "--config=z", "c", "--config"]
+    given = ["fit", "--a", "1", "-c", "x", "--config", "y", "--b=2", "--config=z", "-cv", "-c=w", "c", "--config"]
     assert configs_first(given) == [
         "fit",
         "-c",
@@ -69,6 +69,8 @@ def test_files_stand_before_the_options_that_are_laid_over_them():
         "--config",
         "y",
         "--config=z",
+        "-cv",
+        "-c=w",
         "--config",
         "--a",
         "1",
@@ -77,8 +79,9 @@ def test_files_stand_before_the_options_that_are_laid_over_them():
     ]
 
 
-@pytest.mark.parametrize("form", ["--config={}", "--config {}", "-c {}"])
-def test_train_looks_at_them(tmp_path, capsys, form):
+@pytest.mark.parametrize("form", ["--config={}", "--config {}", "-c {}", "-c{}", "-c={}", "--config=~/mine.yaml"])
+def test_train_looks_at_them(tmp_path, capsys, monkeypatch, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "mine.yaml"
     path.write_text("model:\n\tlr: 1\n")
     assert train.main(["fit", *form.format(path).split()]) == 2
@@ -87,14 +90,16 @@ def test_train_looks_at_them(tmp_path, capsys, form):
 
 def test_what_is_mentioned_of_a_model_in_every_form(tmp_path):
     """A default of the command line must not change what a pretrained model is, and what was asked for must."""
-    (plain, dotted, parted, whole) = (tmp_path / f"{name}.yaml" for name in ("plain", "dotted", "parted", "whole"))
+    names = ("plain", "dotted", "parted", "joined", "whole")
+    plain, dotted, parted, joined, whole = (tmp_path / f"{name}.yaml" for name in names)
     plain.write_text("model: {lr: 1, depth: 2}\ndata: {dataset: digits}\n")
     dotted.write_text("model.pool: mean\n")
     parted.write_text("fit: {model: {stem: conv}}\n")
+    joined.write_text("model: {qk_norm: true}\n")
     whole.write_text("model: other.yaml\n")
-    files = ["--config", str(plain), f"--config={dotted}", "-c", str(parted)]
+    files = ["--config", str(plain), f"--config={dotted}", "-c", str(parted), f"-c{joined}"]
     assert mentioned(["fit", *files, "--model.rope=true", "--model.depth", "3"]) == {
-        *("lr", "depth", "pool", "stem", "rope"),
+        *("lr", "depth", "pool", "stem", "qk_norm", "rope"),
     }
     for options in (["--model", "a.yaml"], ["--model={}"], ["--config", str(whole)]):
         with pytest.raises(ValueError, match="give the model's settings one by one"):

@@ -20,6 +20,7 @@ FORMS = {
     "data.image_size": "224, or [224, 320] for height and width",
     "model.resolution": "[[0.4, 0.5], [0.7, 0.75]]: pairs of a share of the steps and a factor of the size until then",
 }
+JOINED = re.compile(r"--config=|-c=?(?=.)")  # an option with its file in the same word
 SECTIONS = {"model", "data", "data.augment", "trainer", "checkpoint", "guard"}
 
 
@@ -153,15 +154,16 @@ def configs_first(words: Sequence[str]) -> list[str]:
         if word in ("--config", "-c"):
             files += [word, *islice(rest, 1)]
         else:
-            (files if word.startswith("--config=") else others).append(word)
+            (files if JOINED.match(word) else others).append(word)
     return [command, *files, *others]
 
 
 def configs(args: Any) -> list[str]:
-    """The files that follow ``--config``."""
+    """The files that follow ``--config``; in ``--config=~/FILE`` no shell has put the home in the place of ``~``."""
     words = [str(word) for word in args] if isinstance(args, list | tuple) else []
     apart = [path for option, path in pairwise(words) if option in ("--config", "-c")]
-    return apart + [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    joined = [word[option.end() :] for word in words if (option := JOINED.match(word))]
+    return [os.path.expanduser(path) for path in (*apart, *joined)]
 
 
 def mentioned(args: Any) -> set[str]:
@@ -173,7 +175,7 @@ def mentioned(args: Any) -> set[str]:
     words = [str(word) for word in args] if isinstance(args, list | tuple) else []
     names = [word[2:].partition("=")[0] for word in words if word.startswith("--model")]
     for path in configs(args):
-        found = yaml.safe_load(Path(path).expanduser().read_text()) or {}
+        found = yaml.safe_load(Path(path).read_text()) or {}
         for settings in (found, *(part for part in found.values() if isinstance(part, dict) and "model" in part)):
             parts = settings.get("model")
             names += [f"model.{name}" for name in parts] if isinstance(parts, dict) else ["model"] if parts else []
