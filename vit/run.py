@@ -136,10 +136,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
             hint = "; --resume would have gone on with them" if resumable(options) else ""
             say(f"predict.py: {output.partial}: the records of an unfinished run were discarded{hint}")
         try:
-            with (
-                engine(options, predictor) as work,
-                progress(options, inputs, options.batch_size or work.batch_size) as advance,
-            ):
+            with engine(options, predictor) as work, progress(options, inputs) as advance:
                 classify(options, predictor, gallery, work, inputs, output, summary, advance)
             output.finish()
         finally:
@@ -434,7 +431,7 @@ class Summary:
 
 
 @contextmanager
-def progress(options: argparse.Namespace, inputs: "Inputs", batch_size: int) -> Iterator[Callable[[int], None]]:
+def progress(options: argparse.Namespace, inputs: "Inputs") -> Iterator[Callable[[int], None]]:
     """A bar on standard error, if that is a terminal and records do not scroll through it; gives the step function."""
     if not sys.stderr.isatty() or (options.out is None and os.isatty(1)):
         yield lambda n: None
