@@ -350,6 +350,8 @@ def load_stream(dataset: str, kind: str, name: str, options: Options) -> Source:
     shards = usable(dataset, shards)
     if "train" not in shards:
         raise DataError(f"{dataset} has no training split, only {', '.join(shards)}")
+    if empty := [split for split, part in shards.items() if not any(part.lengths)]:
+        raise DataError(f"{dataset} has no image in its {empty[0]} split")
     splits = {
         split: Stream(
             shards=part,

@@ -550,6 +550,14 @@ def test_hub_sets_are_streamed_by_shards(hub, options):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_hub_set_with_a_split_of_no_rows_is_refused(tmp_path, options, empty):
+    folder = write_hub(tmp_path / "hub", {"train": (4,), "test": (4,)} | {empty: (0,)})
+    with pytest.raises(DataError, match=rf"hub has no image in its {empty} split$"):
+        load_source(f"hfids/{folder}", **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_hub_sets_are_streamed_by_worker_processes(hub, options, workers):
     """Which their library would each give a part of the rows alone."""
