@@ -342,34 +342,15 @@ class TrainCLI(LightningCLI):
     after_validate = after_test
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what Lightning takes and our runs cannot do."""
+        """Refuse what Lightning takes and our runs cannot do, and settle what follows from other settings."""
         config = self._get(self.config, "trainer")
-        for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
-            if isinstance(config[name], int | float) and config[name] <= 0:
-                raise ValueError(f"trainer.{name} must be above 0")
-        if str(config["strategy"]).endswith("_spawn"):
-            raise ValueError(f"trainer.strategy {config['strategy']} copies what cannot be copied; ddp does the same")
-        if config["use_distributed_sampler"]:
-            raise ValueError(
-                "trainer.use_distributed_sampler would share out what the processes have shared; leave it out"
-            )
+        check_trainer(config)
         for part, of in {"model": (self.model_class, VisionTransformer), "data": (self.datamodule_class,)}.items():
             given = self._get(self.config, part)
             for name, setting in chain.from_iterable(signature(each).parameters.items() for each in of):
                 if name not in FACTS and setting.default is not None and given.get(name, setting) is None:
                     raise ValueError(f"{part}.{name} cannot be null; leave it out for its default")
-        if config["max_steps"] is None:
-            raise ValueError("trainer.max_steps cannot be null; -1 is no limit")
-        if config["max_epochs"] == 0 or config["max_steps"] == 0:
-            raise ValueError("trainer.max_epochs and max_steps must be above 0; `validate` and `test` measure")
-        if config["overfit_batches"]:
-            raise ValueError("trainer.overfit_batches is not supported; try --trainer.limit_train_batches")
-        if str(precision := config["precision"]) in ("16-true", "bf16-true", "64", "64-true"):
-            raise ValueError(
-                f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
-            )
-        callbacks = config["callbacks"] or []
-        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        for callback in several(config["callbacks"]):
             for name, value in callback.get("init_args", {}).items():
                 if isinstance(value, Enum):  # Timer's default, which config.yaml could not hold
                     callback["init_args"][name] = value.value
@@ -379,18 +360,22 @@ class TrainCLI(LightningCLI):
         if balance and monitor == "val/acc":  # which the small classes hardly move
             self.config[str(self.subcommand)]["checkpoint"]["monitor"] = "val/balanced_acc"
         if self.subcommand == "fit":
-            for name, value in KEEPER.items():
-                if (given := self._get(self.config, f"checkpoint.{name}") or None) != value:
-                    raise ValueError(
-                        f"checkpoint.{name} {given}: leave it out, there is one best.ckpt, of the best validation "
-                        "(a ModelCheckpoint in trainer.callbacks keeps others beside it)"
-                    )
-            check_monitor("checkpoint", self._get(self.config, "checkpoint"))
-            for callback in several(config["callbacks"]):
-                name = callback["class_path"].rpartition(".")[2]
-                if name in REFUSED:
-                    raise ValueError(f"{name} {REFUSED[name]}")
-                check_monitor(name, callback.get("init_args") or {})
+            self._check_what_is_kept(several(config["callbacks"]))
+
+    def _check_what_is_kept(self, callbacks: list[Any]) -> None:
+        """Refuse another best.ckpt than the best, and callbacks that break a run or wait for what never comes."""
+        for name, value in KEEPER.items():
+            if (given := self._get(self.config, f"checkpoint.{name}") or None) != value:
+                raise ValueError(
+                    f"checkpoint.{name} {given}: leave it out, there is one best.ckpt, of the best validation "
+                    "(a ModelCheckpoint in trainer.callbacks keeps others beside it)"
+                )
+        check_monitor("checkpoint", self._get(self.config, "checkpoint"))
+        for callback in callbacks:
+            name = callback["class_path"].rpartition(".")[2]
+            if name in REFUSED:
+                raise ValueError(f"{name} {REFUSED[name]}")
+            check_monitor(name, callback.get("init_args") or {})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config, "trainer")
@@ -421,6 +406,27 @@ def leave_out(names: Iterable[str], config: Any) -> None:
     """Take keys out of a configuration."""
     for name in names:
         config.pop(name, None)
+
+
+def check_trainer(config: Any) -> None:
+    """Refuse settings of Lightning's trainer that our runs cannot do."""
+    for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
+        if isinstance(config[name], int | float) and config[name] <= 0:
+            raise ValueError(f"trainer.{name} must be above 0")
+    if str(config["strategy"]).endswith("_spawn"):
+        raise ValueError(f"trainer.strategy {config['strategy']} copies what cannot be copied; ddp does the same")
+    if config["use_distributed_sampler"]:
+        raise ValueError("trainer.use_distributed_sampler would share out what the processes have shared; leave it out")
+    if config["max_steps"] is None:
+        raise ValueError("trainer.max_steps cannot be null; -1 is no limit")
+    if config["max_epochs"] == 0 or config["max_steps"] == 0:
+        raise ValueError("trainer.max_epochs and max_steps must be above 0; `validate` and `test` measure")
+    if config["overfit_batches"]:
+        raise ValueError("trainer.overfit_batches is not supported; try --trainer.limit_train_batches")
+    if str(precision := config["precision"]) in ("16-true", "bf16-true", "64", "64-true"):
+        raise ValueError(
+            f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
+        )
 
 
 def check_monitor(name: str, options: Any) -> None:
