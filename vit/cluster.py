@@ -123,21 +123,15 @@ class Cluster:
         self,
         batches: Iterable[Sequence[str | Unreadable]],
         *,
-        method: str | None = None,
-        target: str | None = None,
-        against: str | None = None,
-        score_maps: bool = False,
         workers: int | None = None,
+        **asked: Any,
     ) -> Iterator[Batch]:
         """As the Predictor's, but all paths are listed before the first batch is computed.
 
         Args:
             batches: Paths, batch by batch.
-            method: Of the maps to make, a name in ``vit.rollout.METHODS``; none for no maps.
-            target: Class the maps are about; none for the predicted one.
-            against: Class to set the target against.
-            score_maps: Measure how far the maps can be trusted.
             workers: Processes; none for one a GPU, or else one a core.
+            asked: What else the Predictor's takes: which maps to make, and whether to measure them.
 
         Raises:
             ClusterError: If no worker can be started, or the cluster is lost.
@@ -153,8 +147,7 @@ class Cluster:
         context.enable_progress_bars = False
         model, about = self.predictor.model, self.predictor.about
         options = {"model": model, "about": about, "device": self.device, "precision": self.precision}
-        call = {"method": method, "target": target, "against": against, "score_maps": score_maps}
-        call["workers"] = None if self.gpus else 1  # a worker on the CPU has one core
+        call = {**asked, "workers": None if self.gpus else 1}  # a worker on the CPU has one core
         size = len(pickle.loads(rows[0]["batch"]))
         pieces = -(-len(rows) // PIECE)
         most = workers or self.gpus or int(ray.cluster_resources()["CPU"])
