@@ -60,7 +60,6 @@ class PatchEmbed(nn.Module):
         norm_eps: float = LAYER_NORM_EPS,
     ):
         super().__init__()
-        self.patch_size = patch_size
         if stem == "linear":
             self.proj: nn.Module = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
         else:
