@@ -139,6 +139,8 @@ def check(options: argparse.Namespace) -> None:
     if options.out == "-":
         options.out = None
     given = [(name, getattr(options, name)) for name in ("out", "maps", "report") if getattr(options, name)]
+    if os.path.isfile(options.checkpoint or ""):  # a folder, or a name of timm's, may be that of the maps too
+        given.append(("checkpoint", options.checkpoint))
     for (name, one), (other, same) in combinations(given, 2):
         if os.path.realpath(one) == os.path.realpath(same):
             error(f"--{name} {one} and --{other} {same} are the same; each needs a name of its own")

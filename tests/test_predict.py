@@ -636,12 +636,16 @@ def test_records_to_a_device_are_added(run, images, tmp_path):
     assert json.loads(run(images / "0/0.png", "--format", "jsonl", "--out", "-")[1])["path"]
 
 
-def test_records_do_not_replace_what_is_none(run, images, tmp_path):
+def test_records_do_not_replace_what_is_none(run, images, checkpoint, tmp_path):
     code, _, err = run(images / "0/0.png", "--format", "csv", "--out", images / "0/1.png")
     assert (code, "has the name of an image" in err) == (2, True)
     page = tmp_path / "page.html"
     code, _, err = run(images / "0/0.png", "--format", "csv", "--out", page, "--report", page)
     assert (code, f"--out {page} and --report {page} are the same; each needs a name" in err) == (2, True)
+    weights = Path(checkpoint).read_bytes()
+    code, _, err = run(images / "0/0.png", "--format", "json", "--out", checkpoint)
+    assert (code, f"--out {checkpoint} and --checkpoint {checkpoint} are the same; each" in err) == (2, True)
+    assert Path(checkpoint).read_bytes() == weights
 
 
 def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
