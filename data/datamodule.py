@@ -383,9 +383,7 @@ class ImageDataModule(LightningDataModule):
 
     def _rank(self) -> dict[str, int]:
         trainer = self.trainer
-        return (
-            {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {"rank": 0, "world_size": 1}
-        )
+        return {"rank": trainer.global_rank if trainer else 0, "world_size": trainer.world_size if trainer else 1}
 
     def _loader(self, dataset: SplitDataset | StreamDataset, order: Sampler) -> DataLoader:
         in_memory = isinstance(dataset, SplitDataset) and isinstance(dataset.split.images, Tensor)
