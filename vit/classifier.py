@@ -256,7 +256,7 @@ class ViTClassifier(LightningModule):
         if len(batch.labels):  # none where there are fewer images than ranks
             metrics.update(logits.softmax(-1), batch.labels)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True)
-        self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True)  # torchmetrics sums over ranks by itself
+        self.log_dict(metrics, on_step=False, on_epoch=True)  # torchmetrics sums over ranks by itself
         return logits
 
     def on_validation_epoch_end(self) -> None:
