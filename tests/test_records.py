@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from rich.cells import cell_len
 
-from vit.records import Csv, Json, JsonLines, Output, OutputError, Parquet, Table
+from vit.records import Csv, Json, JsonLines, Output, OutputError, Parquet, Table, distinct
 
 PREDICTIONS = [{"label": "cat", "score": 0.75}, {"label": 'a,"b"\nc', "score": 0.125}]
 RECORDS = [
@@ -291,3 +291,10 @@ def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OutputError, match="/dev/full: No space left on device"):
         full.write(RECORDS[0])
     full.close()
+
+
+def test_names_are_made_distinct_whatever_they_are():
+    assert distinct(["crane", "owl", "crane"]) == ("crane (0)", "owl", "crane (2)")
+    names = distinct(["crane", "crane", "crane (1)"])
+    assert len(set(names)) == 3
+    assert distinct(names) == names

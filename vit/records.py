@@ -45,7 +45,8 @@ def composed(name: str) -> str:
 def distinct(names: Sequence[str]) -> tuple[str, ...]:
     """The names, those that are there more than once with their number."""
     often = Counter(names)
-    return tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
+    named = tuple(name if often[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
+    return named if len(set(named)) == len(named) else distinct(named)  # one may be called like another with its number
 
 
 class Format:
