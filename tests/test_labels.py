@@ -1,6 +1,7 @@
 """Tables of labels, and several folders taken together."""
 
 import csv
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,12 @@ def test_a_table_of_a_spreadsheet(tmp_path, load, rows, separator):
     assert load(path).class_names == ("cat", "owl", "red fox")
 
 
+def test_a_semicolon_in_a_table_with_commas_divides_nothing(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("path,label,seen by;checked by\na.png,cat;dog,x\nb.png,owl,y\n")
+    assert list_table(path)[0] == ("cat;dog", "owl")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -169,12 +176,15 @@ def test_unusable_tables_are_one_line(tmp_path, change, message):
         list_table(write(tmp_path / "labels.csv", change))
 
 
-def test_unreadable_tables_are_one_line(tmp_path):
+def test_unreadable_tables_are_one_line(tmp_path, monkeypatch):
     for name in ("none.csv", "none.parquet"):
         with pytest.raises(DataError, match=rf"{name}: cannot be read \("):
             list_table(tmp_path / name)
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"bad.parquet: cannot be read \("):
+        list_table(tmp_path / "bad.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"bad.parquet: needs the package pyarrow; pip install pyarrow"):
         list_table(tmp_path / "bad.parquet")
 
 

@@ -31,11 +31,13 @@ def test_json_lines_are_json_and_give_back_every_byte_of_a_path():
     lines = written(JsonLines()).decode("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == RECORDS
     assert os.fsencode(json.loads(lines[1])["path"]) == os.fsencode(RECORDS[1]["path"])
+    assert "ü.png" in lines[1]  # as people read it
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_json_is_one_array(count):
-    assert json.loads(written(Json(), RECORDS[:count])) == RECORDS[:count]
+    assert json.loads(text := written(Json(), RECORDS[:count])) == RECORDS[:count]
+    assert ("ü.png" in text.decode()) == (count > 1)
 
 
 def test_csv_is_read_by_csv():
@@ -45,6 +47,16 @@ def test_csv_is_read_by_csv():
     assert [row["score_1"] for row in rows] == ["0.750000", "", "0.125000"]
     assert [row["error"] for row in rows] == ["", "no such file", ""]
     assert [row["unsure"] for row in rows] == ["True", "", "False"]
+
+
+def test_csv_gives_back_what_a_run_that_goes_on_asks_for():
+    format = Csv(2, ("unsure", "map"))
+    data = written(format, [{**RECORDS[0], "map": "maps/a.png"}, *RECORDS[1:]])
+    records = [record for record, _ in format.read(io.BytesIO(data))]
+    assert [record["unsure"] for record in records] == [True, False, False]
+    assert [record["map"] for record in records] == ["maps/a.png", None, None]
+    assert [record.get("error") for record in records] == [None, "no such file", None]
+    assert [record.get("predictions") for record in records] == [[{"label": "cat"}], None, [{"label": 'a,"b"\nc'}]]
 
 
 def test_parquet_is_read_by_pyarrow(monkeypatch):
@@ -94,6 +106,9 @@ def test_table_lines_up_letters_of_two_columns():
         line = table.record({"path": path, "predictions": [{"label": label, "score": 0.5}]}).decode()
         assert cell_len(line[: line.index(label)]) == cell_len("写真/一つ目の大きな画像.png") + 3
         assert cell_len(line[: line.index("50.0%")]) == cell_len("写真/一つ目の大きな画像.png") + 3 + 3 + 2
+    table.expect(["x" * 100])  # makes no more than sixty columns of it
+    line = table.record({"path": "a.png", "predictions": [{"label": "dog", "score": 0.5}]}).decode()
+    assert line.index("dog") == 60 + 3
 
 
 def test_table_says_how_far_a_map_can_be_trusted():
