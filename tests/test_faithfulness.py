@@ -141,6 +141,9 @@ def test_blur_keeps_the_mean_and_loses_the_patch():
     flat = torch.full((1, 3, 32, 48), 0.7)
     torch.testing.assert_close(blank(flat, "blur", (4, 4)), flat)
     assert blank(torch.randn(1, 3, 8, 8), "blur", (8, 8)).shape == (1, 3, 8, 8)  # a patch as large as the image
+    for size in ((1, 3, 32, 1), (1, 3, 1, 32)):  # as far along each side as the patch is long there
+        images = torch.randn(size).expand(-1, -1, 32, 32)
+        assert (blank(images, "blur", (8, 1)).std() < 0.3 * images.std()) == (size[2] > 1)
 
 
 def test_area_of_a_line():
@@ -167,5 +170,7 @@ def test_refusals():
     for wrong in (maps * torch.nan, maps.expand(2, -1, -1), maps[0]):
         with pytest.raises(ValueError, match=r"1 images need maps of finite numbers \(1, rows, columns\), got "):
             faithfulness(Sum(torch.ones(ROWS, COLUMNS)), images, wrong)
-    with pytest.raises(ValueError, match="steps and batch_size must be at least 1, got -1 and 256"):
-        faithfulness(Sum(torch.ones(ROWS, COLUMNS)), images, maps, steps=-1)
+    assert deletion_curve(Sum(torch.ones(ROWS, COLUMNS)), images, maps, steps=1, batch_size=1).shape == (1, 2)
+    for steps, size in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match=f"steps and batch_size must be at least 1, got {steps} and {size}"):
+            faithfulness(Sum(torch.ones(ROWS, COLUMNS)), images, maps, steps=steps, batch_size=size)

@@ -201,7 +201,7 @@ def test_folders_are_searched_for_all_endings_of_the_formats():
 def test_a_truncated_file_is_refused_not_half_read(format):
     whole = stored(picture(100, 80), format).getvalue()
     open_image(io.BytesIO(whole))
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageError, match="^damaged image [(].+[)]$|cut off"):
         open_image(io.BytesIO(whole[: len(whole) * 2 // 3]))
 
 
@@ -305,7 +305,7 @@ def test_any_size_fits(size):
     assert PREPROCESS.load(Image.new("RGB", size, (10, 20, 30))).flatten(1).float().mean(1).tolist() == [10, 20, 30]
 
 
-@pytest.mark.parametrize(("size", "crop"), [((90, 60), 1.0), ((60, 90), 1.0), ((100, 100), 0.8), ((250, 170), 0.4)])
+@pytest.mark.parametrize(("size", "crop"), [((90, 60), 1.0), ((60, 90), 1.0), ((30, 30), 0.8), ((250, 170), 0.4)])
 def test_cut_is_the_centre_resized(size, crop):
     image = picture(*size)
     side = round(min(size) * crop)
@@ -363,6 +363,7 @@ def test_an_image_given_is_left_as_it_was():
     ("change", "message"),
     [
         ({"image_size": (0, 32)}, "image_size must be a height and a width of at least 1, got (0, 32)"),
+        ({"image_size": (32,)}, "image_size must be a height and a width of at least 1, got (32,)"),
         ({"mean": (0.5,)}, "1 means for 3 standard deviations"),
         ({"std": (0.5, 0.0, 0.5)}, "std above 0, got (0.5, 0.5, 0.5) and (0.5, 0.0, 0.5)"),
         ({"crop": 1.2}, "crop must be in (0, 1], got 1.2"),

@@ -464,6 +464,7 @@ BAD_FOLDERS = {
     ),
     "empty test": (lambda x: make(x, train__a=2, train__b=2, test__a=0), "x/test has no images in class folders"),
     "empty train": (lambda x: (make(x, test__a=1), (x / "train").mkdir()), "x/train has no class folders"),
+    "splits without classes": (lambda x: make(x, train=2, test=2), "x/train has no class folders"),
     "no train": (lambda x: make(x, val__a=1, test__a=1), "x has test/ but no train/"),
     "two vals": (
         lambda x: make(x, train__a=2, train__b=2, val__a=1, valid__a=1),
