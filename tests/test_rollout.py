@@ -445,6 +445,24 @@ def test_large_batches_are_taken_in_parts_alike(model, monkeypatch, images, most
     assert [len(part) for part, _ in taken] == parts
 
 
+@pytest.mark.parametrize("method", ["relevance", "lrp"])
+def test_what_is_kept_for_gradients_stays_within_memory_and_makes_use_of_it(method, monkeypatch):
+    model = build(image_size=(32, 32))
+    monkeypatch.setattr(module, "MEMORY", 2**22)
+    most = module._part_size(model, model.grid_size, method)
+    assert len(list(module._parts(model, images_for(model, 2 * most), method, None, None))) == 2
+    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept.update({storage.data_ptr(): storage} if storage.data_ptr() not in weights else {})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention_map(model, images_for(model, most), method=method)
+    assert module.MEMORY / 4 < sum(storage.nbytes() for storage in kept.values()) < module.MEMORY
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_modes_do_not_matter_and_nothing_is_left_behind(model, method):
     images = images_for(model)
