@@ -13,7 +13,7 @@ from PIL import Image
 
 from vit import gallery as module
 from vit.checkpoint import Checkpoint
-from vit.gallery import NAME_MAX, PATH_MAX, Gallery, explored, map_name
+from vit.gallery import PATH_MAX, Gallery, explored, map_name
 from vit.model import VisionTransformer
 from vit.predictor import Predictor
 from vit.preprocess import Preprocess
@@ -66,9 +66,14 @@ def test_different_images_have_different_maps(absolute):
         parts = PurePosixPath(name).parts
         assert not name.startswith("/")
         assert ".." not in parts
-        assert max(len(part.encode()) for part in parts) <= NAME_MAX
+        assert max(len(part.encode()) for part in parts) <= 255  # what file systems allow
         assert len(name.encode()) <= PATH_MAX
         assert name.isprintable()
+
+
+def test_the_sheet_keeps_small_images_and_where_their_maps_lie():
+    kept = module._small({"image": Image.new("RGB", (896, 600)), "box": (148.0, 0.0, 748.0, 600.0)})
+    assert (kept["image"].size, kept["box"]) == ((448, 300), (74, 0, 374, 300))
 
 
 # ---- the report ----
@@ -174,11 +179,14 @@ def test_a_report_that_cannot_be_written_is_said_before_any_work(predictor, tmp_
     assert page.read_text() == "old"
 
 
-def test_a_folder_that_cannot_take_maps_is_said_before_any_work(predictor, tmp_path):
+def test_a_folder_that_cannot_take_maps_is_said_before_any_work(predictor, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "maps"):
         with pytest.raises(OutputError, match=f"^{folder}: Not a directory$"):
             Gallery(predictor, method="rollout", folder=str(folder), report=None)
+    monkeypatch.setattr(os, "access", lambda path, how: path != tmp_path or how != os.W_OK | os.X_OK)
+    with pytest.raises(OutputError, match=f"^{tmp_path / 'maps'}: Permission denied$"):
+        Gallery(predictor, method="rollout", folder=str(tmp_path / "maps"), report=None)
 
 
 def test_a_run_without_images_writes_nothing(predictor, tmp_path):
