@@ -47,6 +47,7 @@ def test_scores_stay_as_they_are_where_no_temperature_is_better(logits):
 
 def test_weights_that_overflow_do_not_end_the_run():
     assert found((torch.full((4, 5), torch.inf), torch.arange(4))) == 1
+    assert found((2e38 * torch.eye(5)[:1], torch.tensor([1]))) == 8  # they do at temperatures below 1 alone
 
 
 def test_ladder_is_as_said():

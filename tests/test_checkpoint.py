@@ -400,6 +400,14 @@ def test_temperature_that_cannot_work(path, temperature):
     refusal(path)
 
 
+def test_a_file_that_says_no_temperature_has_none(path):
+    """Nor metrics, of which any number is one."""
+    rewrite(path, drop=("temperature", "metrics", "training"))
+    assert (load_checkpoint(path)[1].temperature, load_checkpoint(path)[1].metrics) == (1, {})
+    rewrite(path, metrics={"val/loss": 1e30, "seen": 2**53})
+    assert load_checkpoint(path)[1].metrics == {"val/loss": 1e30, "seen": 2**53}
+
+
 def test_metrics_and_training_that_nobody_can_show(path):
     for metrics in ([1], None, "x", {"val/acc": "high"}, {"val/acc": {}}, {"val/acc": None}, {"val/acc": 10**400}):
         rewrite(path, metrics=metrics)

@@ -109,6 +109,8 @@ def test_table_lines_up_letters_of_two_columns():
     table.expect(["x" * 100])  # makes no more than sixty columns of it
     line = table.record({"path": "a.png", "predictions": [{"label": "dog", "score": 0.5}]}).decode()
     assert line.index("dog") == 60 + 3
+    line = Table(("x" * 100, "dog")).record({"path": "a.png", "predictions": PREDICTIONS[:1]}).decode()
+    assert line.index("75.0%") == 20 + 3 + 24 + 2
 
 
 def test_table_says_how_far_a_map_can_be_trusted():
@@ -135,6 +137,17 @@ def test_a_file_cut_anywhere_goes_on_to_the_same_bytes(name, tmp_path):
         assert path.read_bytes() == whole, size
         path.unlink()
     assert len(kept) == len(RECORDS)  # the last turn began with all of them
+
+
+def test_what_is_added_to_a_device_is_whole(tmp_path):
+    with open(tmp_path / "all.csv", "ab", buffering=0) as file:
+        file.write(b"before\n")
+        output = Output(f"/dev/fd/{file.fileno()}", FORMATS["csv"]())
+        output.start()
+        output.write(RECORDS[0])
+        output.finish()
+        output.close()
+    assert (tmp_path / "all.csv").read_bytes() == b"before\n" + written(FORMATS["csv"](), RECORDS[:1])
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):

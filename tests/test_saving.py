@@ -55,6 +55,22 @@ def test_full_disk(last):
     assert is_old(last)
 
 
+@pytest.mark.parametrize("chained", [True, False])
+def test_what_the_system_said_is_found_below_what_a_library_made_of_it(last, monkeypatch, chained):
+    def fail(checkpoint, file):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            if chained:
+                raise RuntimeError("unexpected pos 64 vs 0") from error
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(SaveError, match=r"last\.ckpt: .* \(No space left on device\); the previous one is kept"):
+        CheckpointFile().save_checkpoint(NEW, last)
+    assert is_old(last)
+
+
 def test_refused_name(last, monkeypatch):
     """What Lightning's own writer takes for a success."""
 
