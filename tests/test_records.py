@@ -204,7 +204,7 @@ def test_records_of_another_kind_are_not_gone_on_with(name, text, tmp_path):
 
 FOREIGN = [
     ("jsonl", '{"a": 1}\n'), ("jsonl", '{"path": 1}\n'), ("jsonl", '{"path": "a.png"}\n'), ("jsonl", "no end of line"),
-    ("csv", "path,x\na,b\n"), ("csv", "x"), ("csv", 'x,"y'),
+    ("jsonl", "[1]\n"), ("csv", "path,x\na,b\n"), ("csv", "x"), ("csv", 'x,"y'),
 ]  # fmt: skip
 
 

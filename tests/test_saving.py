@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vit.saving import CheckpointFile, SaveError
+from vit.saving import Best, CheckpointFile, SaveError
 
 OLD, NEW = {"weight": torch.zeros(5000)}, {"weight": torch.ones(5000), "names": ["a", "b"], "step": 3}
 
@@ -115,6 +116,13 @@ def test_forced_to_the_disk_before_it_takes_the_name(last, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: (order.append("replace"), replace(source, target)))
     CheckpointFile().save_checkpoint(NEW, last)
     assert order == ["fsync", "replace", "fsync"]  # content, name, folder
+
+
+def test_the_best_of_an_older_file_is_found_again():
+    """By what it was kept under when a plain ModelCheckpoint kept it."""
+    what = {"monitor": "val/acc", "mode": "max"}
+    assert Best(**what)._legacy_state_key == ModelCheckpoint(**what).state_key != Best(**what).state_key
+    assert Best(**what, every_n_epochs=3).state_key == Best(**what).state_key
 
 
 class Code:
