@@ -49,6 +49,7 @@ def test_command_says_what_there_is(tmp_path, capsys):
     parameters = sum(p.numel() for p in model.parameters())
     for expected in (f"{parameters:,}", "4 x 6 patches + 1", "kind 4", "8 x 12", "bilinear", "0.875", "1.7", "val/acc"):
         assert expected in text
+    assert "MB)" in text  # of the file
 
 
 def test_metrics_from_before_the_temperature_say_so():
