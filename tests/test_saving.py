@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_forced_to_the_disk_before_it_takes_the_name(last, monkeypatch):
 
 def test_the_best_of_an_older_file_is_found_again():
     """By what it was kept under when a plain ModelCheckpoint kept it."""
-    what = {"monitor": "val/acc", "mode": "max"}
+    what: dict[str, Any] = {"monitor": "val/acc", "mode": "max"}
     assert Best(**what)._legacy_state_key == ModelCheckpoint(**what).state_key != Best(**what).state_key
     assert Best(**what, every_n_epochs=3).state_key == Best(**what).state_key
 
