@@ -289,7 +289,7 @@ def gradients(model: VisionTransformer, x: torch.Tensor) -> list[torch.Tensor]:
 
 @variants
 def test_gradients_with_the_weights_held_are_those_of_fused_attention(arguments, monkeypatch):
-    model = small(**arguments).double()
+    model = small(**arguments).double().train()
     x = images(model).double()
     held = gradients(model, x)
     monkeypatch.setattr("vit.model.CPU_TRAIN_TOKENS", 0)
@@ -299,7 +299,7 @@ def test_gradients_with_the_weights_held_are_those_of_fused_attention(arguments,
 
 @variants
 def test_gradients_in_mixed_precision(arguments):
-    model = small(**arguments)
+    model = small(**arguments).train()
     x = images(model)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = gradients(model, x)

@@ -321,6 +321,17 @@ def test_lrp_is_the_same_through_the_fused_kernel_and_through_products(pool, mon
     torch.testing.assert_close(found, fused, atol=1e-4 * float(fused.abs().max()), rtol=1e-4)
 
 
+def test_lrp_refuses_a_model_in_training():
+    model = build().train()
+    for method in METHODS:
+        if method == "lrp":
+            with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+                attention_map(model, images_for(model), method=method)
+        else:
+            attention_map(model, images_for(model), method=method)
+    assert model.training
+
+
 @pytest.mark.parametrize("activation", [F.gelu, F.silu])
 def test_lrp_of_a_non_linearity_has_the_gradient_of_a_factor_even_at_zero(activation):
     x = torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0], requires_grad=True)

@@ -75,7 +75,7 @@ class Inputs:
             yield source
 
     def _outside(self, paths: Iterator[str]) -> Iterator[str]:
-        return (path for path in paths if self.maps is None or not within(os.path.dirname(path) or ".", self.maps))
+        return (path for path in paths if self.maps is None or not within(os.path.dirname(path), self.maps))
 
     def _one_at_least(self, folder: str) -> Iterator[str | Unreadable]:
         hint = "" if self.recursive else "; --recursive looks into its subfolders"
@@ -179,7 +179,7 @@ def _expand(folder: str, parts: list[str]) -> Iterator[str]:
         elif os.path.isfile(path):
             yield path
         return
-    matches = re.compile(translate("*" if part == "**" else part)).match
+    matches = re.compile(translate(part)).match
     try:
         with os.scandir(folder or os.curdir) as entries:
             names = sorted((entry.name, _is_dir(entry), entry.is_symlink()) for entry in entries)

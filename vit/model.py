@@ -205,8 +205,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turns: Tensor | None, first: int | None = None) -> Tensor:
         """What the first tokens, or all, take from all tokens: (B, first or N, D) from (B, N, D)."""
         q, k, v = self.heads(x, turns, first)
-        few = x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= CPU_TRAIN_TOKENS
-        if few and (x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
+        few = x.device.type == "cpu" and x.shape[1] <= CPU_TRAIN_TOKENS
+        if self.training and torch.is_grad_enabled() and few and (x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
             weights = Scores.apply(q.flatten(0, 1), k.flatten(0, 1), self.scale).softmax(-1)
             return self.merge(weights.unflatten(0, q.shape[:2]).to(v.dtype) @ v)
         return self.merge(F.scaled_dot_product_attention(q, k, v))

@@ -190,8 +190,8 @@ class Parquet(Csv):
         return last + self.sink.take()
 
     def _group(self) -> bytes:
-        columns = [list(column) for column in zip(*self.rows, strict=True)]
-        self.writer.write_table(self.table.from_pydict(dict(zip(self.columns, columns, strict=True)), self.schema))
+        columns = dict(zip(self.columns, zip(*self.rows, strict=True), strict=True))
+        self.writer.write_table(self.table.from_pydict(columns, self.schema))
         self.rows = []
         return self.sink.take()
 

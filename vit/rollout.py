@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from vit.model import VisionTransformer
 
-MEMORY = 2**29  # bytes of attention weights, or of what lrp keeps, to hold; a batch that needs more goes in parts
+MEMORY = 2**29  # bytes of attention weights and of what is kept for gradients; a batch that needs more goes in parts
 GPU_MEMORY = 8  # times as much on a GPU, idle with few images; fixed, as the parts show in the last digits of a map
 ROWS = 256  # of the attention matrix at a time on a CPU: with six heads and 1,370 tokens the fastest of 64 to 512
 Target = int | Sequence[int] | Tensor  # a class for all images, or one for each
@@ -240,6 +240,8 @@ def _lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tenso
 @torch.enable_grad()
 def _pixel_lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
     """Logits, and the relevance of every pixel (B, H, W), its channels summed."""
+    if model.training:  # which leaves branches out, and goes ways that have no rule
+        raise ValueError("lrp is of a model that is not in training: call model.eval() before")
     with AttnLRP():
         logits = model(images)
     (gradient,) = torch.autograd.grad(ask.score(logits), images)
@@ -359,7 +361,8 @@ def attention_map(
         discard: Share of the lowest attention weights that rollout and last leave out, in [0, 1).
 
     Raises:
-        ValueError: If the method is unknown, has no use for another argument, or a class is not one of the model's.
+        ValueError: If the method is unknown, has no use for another argument, a class is not one of the model's, or the model is
+            in training and the method lrp.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
@@ -404,7 +407,7 @@ def pixel_relevance(
         against: Class to set it against.
 
     Raises:
-        ValueError: If a class is not one of the model's.
+        ValueError: If a class is not one of the model's, or the model is in training.
     """
     logits, maps = [], []
     with torch.inference_mode(False):
@@ -460,10 +463,11 @@ def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int
     heads, depth, width = model.architecture["num_heads"], len(model.blocks), model.architecture["embed_dim"]
     tokens = grid[0] * grid[1] + model.num_prefix_tokens
     # Numbers held of a token. Rows of matrices: scores and weights of the heads of a block; with gradients those of
-    # every block. lrp runs through the fused kernel and keeps of every block what its rules need, 12 vectors with the
-    # usual MLP: queries, keys, values before and after their norms, what is attended to, slopes.
+    # every block, and some 16 vectors of each with the usual MLP: queries, keys, values before and after their norms,
+    # what is attended to, what the MLP holds. lrp runs through the fused kernel and keeps 12, what its rules need.
     held = {
-        "relevance": 4 * heads * depth * tokens,
+        "relevance": depth * (4 * heads * tokens + 16 * width),
+        "legrad": 4 * heads * tokens + (16 + depth) * width,
         "lrp": 12 * depth * width,
         "fused": 3 * depth * width,
         "by rows": 8 * width,
