@@ -361,8 +361,8 @@ def attention_map(
         discard: Share of the lowest attention weights that rollout and last leave out, in [0, 1).
 
     Raises:
-        ValueError: If the method is unknown, has no use for another argument, a class is not one of the model's, or the model is
-            in training and the method lrp.
+        ValueError: If the method is unknown, has no use for another argument, a class is not one of the model's, or the
+            model is in training and the method lrp.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
