@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jsonargparse import Namespace
@@ -81,6 +82,20 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, width in (("map.png", 41), ("pixels.png", 32)):
         with Image.open(name) as picture:
             assert picture.width >= width
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_training_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert Path(names["path"]).is_relative_to("runs/python")
+    images = names["images"]
+    accuracy = names["trainer"].validate(names["model"], images, verbose=False)[0]["val/acc"]
+    assert accuracy > 0.9
+    one = images.source.train.images[0, 0].numpy()
+    assert names["predictor"].predict(one).label in images.class_names
 
 
 def test_sample_of_records_is_what_is_written(
