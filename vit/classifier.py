@@ -78,7 +78,7 @@ class ViTClassifier(LightningModule):
     def __init__(
         self,
         *,
-        image_size: int | Sequence[int],
+        image_size: int | tuple[int, int] | list[int],
         class_names: Sequence[str],
         mean: Sequence[float],
         std: Sequence[float],
