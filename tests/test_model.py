@@ -292,8 +292,10 @@ def test_gradients_with_the_weights_held_are_those_of_fused_attention(arguments,
     model = small(**arguments).double().train()
     x = images(model).double()
     held = gradients(model, x)
-    monkeypatch.setattr("vit.model.CPU_TRAIN_TOKENS", 0)
     monkeypatch.setattr("vit.model.Scores", None)
+    with pytest.raises(AttributeError, match="apply"):
+        model(x)
+    monkeypatch.setattr("vit.model.CPU_TRAIN_TOKENS", 0)
     torch.testing.assert_close(held, gradients(model, x), atol=1e-6, rtol=0)
 
 

@@ -154,6 +154,18 @@ def test_reads_what_timm_s_own_script_has_fine_tuned(tmp_path, classes):
     assert torch.equal(model.blocks[1].mlp.fc2.weight, theirs.state_dict()["blocks.1.mlp.fc2.weight"])
 
 
+def test_reads_weights_under_open_clip_s_names(tmp_path):
+    """Which timm renames, the projection to its head."""
+    file = tmp_path / "weights.safetensors"
+    theirs = timm.create_model("test_vit").eval()
+    weights = theirs.state_dict()
+    theirs.head.bias.data.zero_()
+    head = {"visual.head.proj.weight": weights.pop("head.weight")}
+    save_file(head | {f"visual.trunk.{name}": tensor for name, tensor in weights.items() if name != "head.bias"}, file)
+    images = torch.randn(2, 3, 160, 160)
+    torch.testing.assert_close(load_pretrained(f"test_vit={file}")[0](images), theirs(images), atol=1e-5, rtol=0)
+
+
 def test_no_weight_is_missing_or_left_over_silently(tmp_path):
     file = tmp_path / "weights.safetensors"
     weights = timm.create_model("test_vit").state_dict()

@@ -206,8 +206,8 @@ class Attention(nn.Module):
         """What the first tokens, or all, take from all tokens: (B, first or N, D) from (B, N, D)."""
         q, k, v = self.heads(x, turns, first)
         few = x.device.type == "cpu" and x.shape[1] <= CPU_TRAIN_TOKENS
-        halved = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if few and halved and self.training and torch.is_grad_enabled():
+        fewer_bits = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if few and fewer_bits and self.training and torch.is_grad_enabled():
             weights = Scores.apply(q.flatten(0, 1), k.flatten(0, 1), self.scale).softmax(-1)
             return self.merge(weights.unflatten(0, q.shape[:2]).to(v.dtype) @ v)
         return self.merge(F.scaled_dot_product_attention(q, k, v))

@@ -99,8 +99,9 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
         overlay: dict[str, Any] = {"file": file, "custom_load": file.endswith(".npz")} if file else {}
         asked: dict[str, Any] = {"pretrained_cfg_overlay": overlay} if file else {}
         if file and not overlay["custom_load"]:  # perhaps fine-tuned, for other classes than the name says
-            head = timm.models.load_state_dict(file).get("head.weight", ())
-            asked["num_classes"] = overlay["num_classes"] = len(head)
+            weights = timm.models.load_state_dict(file)
+            if "blocks.0.norm1.weight" in weights:  # timm's own names, so that the head's would be timm's too
+                asked["num_classes"] = overlay["num_classes"] = len(weights.get("head.weight", ()))
         theirs: Any = create(pretrained=False, **asked)
         for weights in theirs.parameters():
             weights.data.fill_(math.nan)  # what a file of arrays lacks would stay random, without a word
