@@ -157,7 +157,7 @@ def test_reads_what_timm_s_own_script_has_fine_tuned(tmp_path, classes):
 def test_reads_weights_under_open_clip_s_names(tmp_path):
     """Which timm renames, the projection to its head."""
     file = tmp_path / "weights.safetensors"
-    theirs = timm.create_model("test_vit").eval()
+    theirs: Any = timm.create_model("test_vit").eval()
     weights = theirs.state_dict()
     theirs.head.bias.data.zero_()
     head = {"visual.head.proj.weight": weights.pop("head.weight")}
