@@ -243,6 +243,15 @@ def test_a_text_file_gets_the_table(name, run, images, tmp_path):
     assert (tmp_path / name).read_text() == run(images / "0/0.png")[1]
 
 
+def test_why_an_image_failed_is_said_where_its_record_is_not_seen(run, images, tmp_path):
+    broken = images / "0/3.png"
+    reason = run(broken)[1].partition("error: ")[2].strip()
+    assert reason
+    assert "failed: " not in run(broken, images / "0/13.png")[2]
+    assert f"  failed: {broken}: {reason}\n" in run(broken, "--out", tmp_path / "one.csv")[2]
+    assert f"  first failed: {broken}: {reason}\n" in run(broken, "none.png", "--out", tmp_path / "two.csv")[2]
+
+
 def test_an_ending_means_nothing_where_the_format_is_named(run, images, tmp_path):
     assert run(images / "0/0.png", "--out", tmp_path / "x.data", "--format", "json")[0] == 0
     assert len(json.loads((tmp_path / "x.data").read_text())) == 1

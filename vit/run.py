@@ -142,14 +142,14 @@ def load_and_classify(options: argparse.Namespace) -> int:
         finally:
             output.close()
     except Stopped as stop:
-        summary.tell(inputs)
+        summary.tell(options, inputs)
         say(f"stopped by {signal.Signals(stop.number).name}{where(options, output)}")
         return 128 + stop.number
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (OutputError, ClusterError) as error:
         if summary.new:
-            summary.tell(inputs)
+            summary.tell(options, inputs)
         say(f"predict.py: {error}{where(options, output) if summary.new else ''}")
         return USAGE
     except (MemoryError, RuntimeError) as error:
@@ -158,7 +158,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
         hint = f"try a --batch-size below {options.batch_size or predictor.batch_size}"
         say(f"predict.py: out of memory; {hint}{where(options, output) if summary.new else ''}")
         return USAGE
-    summary.tell(inputs)
+    summary.tell(options, inputs)
     if summary.classified and gallery:
         if gallery.folder:
             sheet = os.path.join(gallery.folder, gallery.sheet)
@@ -393,6 +393,7 @@ class Summary:
         self.begin = time.perf_counter()
         self.labels: Counter[str] = Counter()
         self.failed = self.unsure = self.resumed = 0
+        self.first_failed = ""  # path and reason
 
     @property
     def classified(self) -> int:
@@ -407,11 +408,12 @@ class Summary:
         """Count a record."""
         if "error" in record:
             self.failed += 1
+            self.first_failed = self.first_failed or f"{record['path']}: {record['error']}"
         else:
             self.labels[record["predictions"][0]["label"]] += 1
             self.unsure += bool(record.get("unsure"))
 
-    def tell(self, inputs: "Inputs") -> None:
+    def tell(self, options: argparse.Namespace, inputs: "Inputs") -> None:
         """Say it on standard error."""
         seconds = time.perf_counter() - self.begin
         total = self.classified + self.failed
@@ -424,6 +426,8 @@ class Summary:
             most = self.labels.most_common(10)
             rest = len(self.labels) - len(most)
             say("  " + ", ".join(f"{label} {n}" for label, n in most) + f" and {rest} more classes" * bool(rest))
+        if self.failed and options.out is not None:  # else it is in what was just written
+            say(f"  {'first failed' if self.failed > 1 else 'failed'}: {self.first_failed}")
         if inputs.passed_over:
             kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in inputs.passed_over.most_common(5))
             count = inputs.passed_over.total()
