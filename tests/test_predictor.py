@@ -475,6 +475,11 @@ def test_a_class_is_known_by_either_way_to_write_an_accent(predictor):
         predictor.explain(image, target="caf\u00e9", against="cafe\u0301")
 
 
+def test_no_maps_are_not_measured(predictor):
+    with pytest.raises(ValueError, match="score_maps measures maps: name the method"):
+        next(predictor.classify([pictures(1)], score_maps=True))
+
+
 def test_a_class_is_not_set_against_itself(predictor):
     (image,) = pictures(1)
     with pytest.raises(ValueError, match="target and against are both 'cat'; a class can only be"):

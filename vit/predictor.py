@@ -360,7 +360,12 @@ class Predictor:
             against: Class to set the target against.
             score_maps: Measure how far the maps can be trusted; 34 more passes an image.
             workers: Threads that decode; none for one that suits the machine.
+
+        Raises:
+            ValueError: If there is no such class, or maps are to be measured that no method makes.
         """
+        if score_maps and method is None:
+            raise ValueError("score_maps measures maps: name the method that makes them")
         numbers = self.numbers(target, against)
         pool = ThreadPoolExecutor(workers or min(32, usable_cores()), thread_name_prefix="decode")
         waiting: deque[tuple[Sequence[Source | Unreadable], list[Future[Tensor | ImageError]]]] = deque()
