@@ -130,7 +130,7 @@ def test_an_error_leaves_the_last_line_and_no_bar(clock, module, capsys):
 
 def test_very_short_run_has_a_loss(clock, module, capsys):
     train(quiet(), trainer_of(1), module, clock, epochs=1, seconds=0.0)
-    assert "loss 2.000" in lines(capsys)[0]
+    assert "loss 1.729" in lines(capsys)[0]
 
 
 def test_introduction_says_what_learns_from_what(clock, module):
@@ -197,12 +197,20 @@ def test_a_narrow_terminal_has_the_time_that_is_left(width, clock, module):
     assert "…" not in last
 
 
+def test_equal_runs_have_equal_losses_however_fast_they_are(clock, module):
+    losses = []
+    for seconds in (0.01, 0.7, 30):
+        train(progress := quiet(), trainer_of(), module, clock, epochs=5, seconds=seconds)
+        losses.append(progress.loss)
+    assert losses == [pytest.approx(1 + 0.9**19)] * 3
+
+
 def test_loss_is_read_a_few_times_a_second_only(clock, module):
     """Reading waits for the device."""
 
     class Loss:
         read = 0
-        is_cuda = False
+        is_cuda = is_cpu = False
 
         def __float__(self) -> float:
             Loss.read += 1
@@ -223,7 +231,7 @@ def test_on_a_gpu_a_loss_is_read_once_it_has_arrived(clock, module, monkeypatch)
     monkeypatch.setattr(vit.progress, "send", lambda loss: (loss.number, SimpleNamespace(query=lambda: arrived[-1])))
 
     class Loss:
-        is_cuda = True
+        is_cuda, is_cpu = True, False
 
         def __init__(self, number: float) -> None:
             self.number = number

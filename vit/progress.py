@@ -24,8 +24,9 @@ class TrainingProgress(ProgressBar):
     """One bar for the whole run in a terminal, one line an epoch (and at most one a few seconds) elsewhere.
 
     Shows epoch, loss (a running mean), validation accuracy, images a second, time gone and time left. Numbers are
-    fetched from the device only when they are drawn, a few times a second; from a GPU without waiting for it, so that
-    the loss that is drawn is the one that was sent for at the drawing before.
+    fetched from another device than the CPU only when they are drawn, a few times a second; from a GPU without waiting
+    for it, so that the loss that is drawn is the one that was sent for at the drawing before. On a CPU every loss
+    counts, so that equal runs have equal lines.
     """
 
     def __init__(self) -> None:
@@ -107,9 +108,11 @@ class TrainingProgress(ProgressBar):
             return
         self.images += len(batch.labels) * trainer.world_size
         now = time.monotonic()
-        if self.loss and now - self.drawn < 0.25:
+        due = not self.loss or now - self.drawn >= 0.25
+        if due or outputs["loss"].is_cpu:
+            self._fetch(outputs["loss"], trainer.accumulate_grad_batches)
+        if not due:
             return
-        self._fetch(outputs["loss"], trainer.accumulate_grad_batches)
         self.rate = self.images / max(now - self.drawn, 1e-9)
         self.drawn, self.images = now, 0.0
         self._draw(trainer)
