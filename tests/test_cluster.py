@@ -91,7 +91,7 @@ def test_two_workers_of_which_one_is_killed_give_the_records_of_a_plain_run(chec
     assert ray.returncode == 3
     assert 0 < there < BATCHES * BATCH
     assert len(seen) >= 3  # two, and the one that took the place of the killed one
-    assert len(said.read_text().splitlines()) == 2  # the summary, and nothing of what Ray says
+    assert len(said.read_text().splitlines()) == 3  # the summary with what failed, and nothing of what Ray says
     plain = tmp_path / "plain.jsonl"
     assert subprocess.run([*options, str(plain)], cwd=ROOT, capture_output=True).returncode == 3
     assert out.read_bytes() == plain.read_bytes()
