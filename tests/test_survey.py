@@ -197,15 +197,18 @@ def marked_digits(mark: str | None) -> tuple[Tensor, Tensor]:
     return images - 0.3, labels
 
 
-def trained(images: Tensor, labels: Tensor) -> VisionTransformer:
-    """A model that has learned them; which seeds come to that in so few steps differs between processors."""
-    for seed in range(1, 9):
+def trained(images: Tensor, labels: Tensor) -> list[VisionTransformer]:
+    """Three models that have learned them; which seeds come to that in so few steps differs between processors."""
+    models = []
+    for seed in range(1, 12):
         torch.manual_seed(seed)
         model = tried(images, labels)
         with torch.no_grad():
             if (model(images).argmax(1) == labels).float().mean() > 0.95:
-                return model
-    raise AssertionError("no seed came to 95 %")
+                models.append(model)
+        if len(models) == 3:
+            return models
+    raise AssertionError("too few seeds came to 95 %")
 
 
 def tried(images: Tensor, labels: Tensor) -> VisionTransformer:
@@ -227,12 +230,17 @@ def tried(images: Tensor, labels: Tensor) -> VisionTransformer:
 
 @pytest.mark.parametrize("mark", [None, "corner", "side"])
 def test_a_planted_shortcut_is_found_and_nothing_else(mark):
+    """By the class-specific map in every model; by rollout in most, as attention alone need not show it."""
     images, labels = marked_digits(mark)
-    model = trained(images[::2], labels[::2])
+    models = trained(images[::2], labels[::2])
     images, labels = images[1::2], labels[1::2]
-    for method in ("rollout", CLASS_METHOD):
-        logits, maps = attention_map(model, images, method=method)
-        predicted = logits.argmax(1)
-        assert (predicted == labels).float().mean() > 0.9
-        hints = find_hints({c: maps[predicted == c] for c in range(4)})
-        assert [c for c in range(4) if hints[c]] == ([3] if mark else [])
+    for method, least in (("rollout", 2), (CLASS_METHOD, 3)):
+        found = []
+        for model in models:
+            logits, maps = attention_map(model, images, method=method)
+            predicted = logits.argmax(1)
+            assert (predicted == labels).float().mean() > 0.9
+            hints = find_hints({c: maps[predicted == c] for c in range(4)})
+            found.append([c for c in range(4) if hints[c]])
+        assert found.count([3] if mark else []) >= least
+        assert all(classes in ([], [3] if mark else []) for classes in found)  # nothing else, by either
