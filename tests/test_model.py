@@ -323,8 +323,7 @@ def test_gradients_in_mixed_precision(arguments):
         mixed = gradients(model, x)
     for ours, exact in zip(mixed, gradients(model, x), strict=True):
         assert ours.dtype == torch.float32
-        # Of bfloat16's rounding, 0.02 of the largest is usual, 0.066 the most of 15 seeds.
-        torch.testing.assert_close(ours, exact, atol=0.1 * float(exact.abs().max()) + 1e-3, rtol=0)
+        assert (ours - exact).norm() < 0.05 * exact.norm() + 1e-3  # of a whole tensor: one number rounds as it likes
 
 
 def test_stochastic_depth_drops_whole_branches_in_training_only():
