@@ -56,6 +56,8 @@ def with_random_weights(model: nn.Module) -> nn.Module:
     """The model in memory and in eval mode, no weight at 0 or 1, where a difference would not show."""
     bank = torch.randn(1_000_003)  # a prime: rows of a matrix do not repeat
     model = model.to_empty(device="cpu").eval()
+    for module in model.modules():  # numbers that are no weights, such as the periods of rotary positions
+        getattr(module, "init_non_persistent_buffers", lambda: None)()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = bank.repeat(-(-parameter.numel() // len(bank)))[: parameter.numel()].view_as(parameter)
@@ -65,17 +67,16 @@ def with_random_weights(model: nn.Module) -> nn.Module:
 
 
 def reference_rollout(theirs: Any, images: Tensor) -> Tensor:
-    """Rollout map (grid height, grid width) of one image, summing to 1, from timm's modules: float64, full matrices."""
-    theirs = theirs.double()
+    """Rollout map (grid height, grid width) of one image, summing to 1, of timm's weights: float64, full matrices."""
+    theirs, attentions = theirs.double(), []
+    for block in theirs.blocks:
+        block.attn.fused_attn = False  # the weights are then the input of a module
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, given: attentions.append(given[0][0].mean(0)))
     with torch.inference_mode():
-        x = theirs.norm_pre(theirs._pos_embed(theirs.patch_embed(images.double())))
-        product = torch.eye(x.shape[1], dtype=torch.float64)
-        for block in theirs.blocks:
-            attention, y = block.attn, block.norm1(x)
-            q, k, _ = attention.qkv(y).view(y.shape[1], 3, attention.num_heads, -1).permute(1, 2, 0, 3)
-            weights = (attention.q_norm(q) @ attention.k_norm(k).mT * attention.scale).softmax(-1).mean(0)
-            product = (weights + torch.eye(len(weights), dtype=torch.float64)) / 2 @ product
-            x = block(x)
+        theirs(images.double())
+    product = identity = torch.eye(len(attentions[0]), dtype=torch.float64)
+    for attention in attentions:
+        product = (attention + identity) / 2 @ product
     prefix = theirs.num_prefix_tokens
     row = product[0] if theirs.global_pool == "token" else product[prefix:].mean(0)
     return (row[prefix:] / row[prefix:].sum()).view(theirs.patch_embed.grid_size)

@@ -247,7 +247,7 @@ def worker_batches(folder: Path, size: Any, batch: int, workers: int, device: to
 
 
 def timm_model(model: Any, side: tuple[int, int]) -> nn.Module:
-    """timm's model of the same size, with its own patch embedding: it has no convolutional stem, nor our ``rope``."""
+    """timm's model of the same size, with its own patch embedding: it has no convolutional stem, nor ``rope``."""
     a = model.architecture
     return TimmVisionTransformer(
         img_size=side,

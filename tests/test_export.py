@@ -30,6 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "positions for registers": {"num_registers": 2, "prefix_positions": True},
     "no position for the class token": {"prefix_positions": False},
     "grey": {"in_chans": 1},
+    "rope, as DINOv3": {"rope": True, "num_registers": 4, "init_values": 0.1, "norm_eps": 1e-5, "qkv_bias": False},
+    "rope, mean": {"rope": True, "pool": "mean", "qk_norm": True, "pre_norm": True},
+    "rope, positions": {"rope": True, "num_registers": 1, "prefix_positions": True, "patch_size": (2, 4)},
 }
 variants = pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -88,8 +91,8 @@ def test_timm_gets_what_it_needs_to_classify(tmp_path):
 def test_refuses_what_timm_has_not():
     with pytest.raises(CheckpointError, match="timm has no stem 'conv': use --format onnx"):
         export.to_timm(made(stem="conv")[0])
-    with pytest.raises(CheckpointError, match="timm's model has no rope: use --format onnx"):
-        export.to_timm(made(rope=True)[0])
+    with pytest.raises(CheckpointError, match="timm's model with rope has no act 'gelu_tanh': use --format onnx"):
+        export.to_timm(made(rope=True, act="gelu_tanh")[0])
     with pytest.raises(CheckpointError, match=r"timm cannot be told norm_eps 0\.001"):
         export.to_timm(made(norm_eps=1e-3)[0])
 

@@ -235,6 +235,44 @@ def test_layer_scale_by_the_name_it_has_in_deits_files(tmp_path):
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
 
 
+def meta_names(model: Any) -> dict[str, Tensor]:
+    """The weights of timm's DINOv3 by the names of Meta's files, with what else is in those."""
+    weights: dict[str, Tensor] = {"mask_token": torch.ones(1, 64), "rope_embed.periods": torch.ones(4)}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("qkv.weight"):
+            place = name.removesuffix("weight")
+            weights[f"{place}bias"] = torch.cat([torch.zeros(64), torch.ones(64), torch.zeros(64)])  # masked: the keys'
+            weights[f"{place}bias_mask"] = torch.ones(192)
+        name = re.sub(r"gamma_(\d)", r"ls\1.gamma", name)
+        weights[name.replace("reg_token", "storage_tokens")] = tensor
+    return weights
+
+
+def test_reads_dinov3_as_meta_keeps_it(tmp_path, capfd):
+    """A mean of patches beside a class token, which is one register more, and no position embedding."""
+    create, with_bias = (
+        partial(timm.create_model, f"vit_small_patch16_dinov3{more}", depth=2, embed_dim=64, num_heads=4)
+        for more in ("", "_qkvb")
+    )
+    theirs, file = create().eval(), tmp_path / "dinov3.pth"
+    weights = meta_names(theirs)
+    torch.save(weights, file)
+    ours, about = _read("dinov3", create, file=str(file))
+    assert (ours.architecture["rope"], ours.pool, ours.num_registers, about.class_names) == (True, "mean", 5, ())
+    assert not ours.pos_embed.any()
+    ours.head = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    for size in ((256, 256), (64, 96)):
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
+    weights["blocks.1.attn.qkv.bias"][-1] = 1
+    torch.save(weights, file)
+    with pytest.raises(CheckpointError, match=r"has blocks\.1\.attn\.qkv\.bias, which is not zero; .* with _qkvb"):
+        _read("dinov3", create, file=str(file))
+    bias = _read("dinov3", with_bias, file=str(file))[0].blocks[1].attn.qkv.bias
+    assert bias.nonzero().tolist() == [[191]]
+    assert capfd.readouterr().out == ""  # timm's own reader prints there
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -378,6 +416,16 @@ def test_a_backbone_gets_a_head(tmp_path):
     new, notes = start(folder(tmp_path, num_classes=0), statistics={"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.25)})
     assert notes == ["head replaced: 0 classes before, 3 now"]
     assert new(torch.randn(1, 3, 32, 32)).std() > 0
+
+
+def test_a_backbone_without_positions_has_none_to_resample(tmp_path):
+    old, path = saved(tmp_path, rope=True)
+    old.pos_embed.data.zero_()
+    save_checkpoint(path, old.state_dict(), load_pretrained(path)[1])
+    new, notes = start(path, size=64)
+    assert new.pos_embed.shape == (1, 65, 32)
+    assert not new.pos_embed.any()
+    assert notes == []
 
 
 def test_refuses_what_does_not_fit(tmp_path):

@@ -8,6 +8,7 @@ takes uint8 pixels and gives logits, probabilities and the attention map, checke
 import argparse
 import json
 import logging
+import re
 import sys
 import warnings
 from contextlib import redirect_stdout, suppress
@@ -23,8 +24,13 @@ from vit.rollout import fuse_heads, pooling_weights, rollout
 
 TOLERANCE = 1e-4  # between PyTorch and ONNX Runtime
 OUTPUTS = ("logits", "probabilities", "map")
-# A model of timm's registry with the norms' epsilon; everything else is an argument that config.json can hold.
-TIMM_BASE = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
+# A model of timm's registry by rope and the norms' epsilon; everything else is an argument that config.json can hold.
+TIMM_BASE = {
+    (False, 1e-6): "vit_base_patch16_224",
+    (False, 1e-5): "vit_base_patch16_clip_224",
+    (True, 1e-6): "eva_giant_patch14_224",
+    (True, 1e-5): "vit_pe_core_base_patch16_224",
+}
 
 
 # ---- timm and the Hugging Face hub -----------------------------------------------------------------------------------
@@ -41,35 +47,46 @@ def to_timm(model: VisionTransformer) -> nn.Module:
     a, otherwise = model.architecture, "use --format onnx, or train from scratch with --model."
     if a["stem"] != "linear":
         raise CheckpointError(f"timm has no stem {a['stem']!r}: {otherwise}stem linear")
+    if a["rope"] and a["act"] != "gelu":
+        raise CheckpointError(f"timm's model with rope has no act {a['act']!r}: {otherwise}act gelu")
+    if (a["rope"], a["norm_eps"]) not in TIMM_BASE:
+        known = ", ".join(str(eps) for rope, eps in TIMM_BASE if rope == a["rope"])
+        raise CheckpointError(f"timm cannot be told norm_eps {a['norm_eps']}, only {known}")
+    same = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+    fc_norm = not isinstance(model.fc_norm, nn.Identity)
     if a["rope"]:
-        raise CheckpointError(f"timm's model has no rope: {otherwise}rope false")
-    if a["norm_eps"] not in TIMM_BASE:
-        raise CheckpointError(f"timm cannot be told norm_eps {a['norm_eps']}, only {', '.join(map(str, TIMM_BASE))}")
-    same = (
-        "in_chans",
-        "num_classes",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "qkv_bias",
-        "qk_norm",
-        "pre_norm",
-    )
+        more = {
+            "use_pre_transformer_norm": a["pre_norm"],
+            "use_fc_norm": fc_norm,
+            "use_post_transformer_norm": not fc_norm,
+            "num_reg_tokens": model.num_registers,
+            "use_abs_pos_emb": True,
+            "use_rot_pos_emb": True,
+            "attn_type": "rope",  # where keys have a bias too
+            "rope_type": "dinov3",
+            "rope_temperature": 100,
+            "rope_grid_indexing": "ij",
+            "rope_grid_offset": 0,
+            "rope_rotate_half": True,
+        }
+    else:
+        more = {"pre_norm": a["pre_norm"], "fc_norm": fc_norm, "reg_tokens": model.num_registers, "act_layer": a["act"]}
     theirs = timm.create_model(
-        TIMM_BASE[a["norm_eps"]],
+        TIMM_BASE[a["rope"], a["norm_eps"]],
         **{name: a[name] for name in same},
+        **({"qk_norm": True} if a["qk_norm"] else {}),  # which older ones with rope do not know
+        **more,
         img_size=model.image_size,
         patch_size=model.patch_size,
         init_values=None if a["init_values"] is None else 1e-5,
         class_token=model.pool == "token",
         global_pool="token" if model.pool == "token" else "avg",
-        reg_tokens=model.num_registers,
         no_embed_class=not model.num_prefix_positions,
-        fc_norm=not isinstance(model.fc_norm, nn.Identity),
-        act_layer=a["act"],
     )
-    theirs.load_state_dict(model.state_dict(), strict=True)
+    weights = model.state_dict()
+    if a["rope"]:
+        weights = {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): tensor for name, tensor in weights.items()}
+    theirs.load_state_dict(weights, strict=True)
     return theirs.eval()
 
 

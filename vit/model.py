@@ -1,8 +1,8 @@
 """The vision transformer, in one file and bottom-up: patches, attention, block, model.
 
 Names and state-dict keys are timm's, so weights move between the two with ``load_state_dict(strict=True)`` (not those
-of a convolutional stem, which timm has not, nor those trained with ``rope``, which has no weights of its own: timm's
-class would take them and compute something else).
+of a convolutional stem, which timm has not; those trained with ``rope``, which has no weights of its own, belong to
+timm's class Eva, and vit/pretrained.py and vit/export.py translate between the two).
 Shapes in comments: B batch, N tokens, D embed, h heads, d = D / h.
 Sources: Vaswani et al. 2017 (1706.03762), Dosovitskiy et al. 2020 (2010.11929); registers: Darcet et al. 2023
 (2309.16588); QK-norm: Dehghani et al. 2023 (2302.05442); LayerScale: Touvron et al. 2021 (2103.17239); convolutional

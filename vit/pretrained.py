@@ -7,6 +7,7 @@ and then all weights load strictly and the logits are equal, or it is refused wi
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,10 +19,12 @@ import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models import adapt_input_conv
+from timm.models import eva as timm_eva
 from timm.models import load_pretrained as load_weights
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
@@ -32,6 +35,14 @@ from vit.preprocess import Preprocess
 from vit.records import distinct
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # by timm's class names
+PARTS = {  # timm's classes of models, and what is in those that ours can be: of EVA's, DINOv3 above all
+    timm_vit.VisionTransformer: (timm_vit.Block, (Attention,)),
+    timm_eva.Eva: (timm_eva.EvaBlock, (timm_eva.EvaAttention, AttentionRope)),
+}
+ROTATION = {  # arguments of timm's class with which it turns as ``vit.model.rotation`` does
+    **{"temperature": 100, "min_period": None, "max_period": None, "normalize_coords": "separate"},
+    **{"grid_offset": 0, "grid_indexing": "ij", "rotate_half": True},
+}
 REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # what timm.create_model takes beside the names of its registry
 # Of an architecture, what fine-tuning may change; everything else is the pretrained model's.
 ADAPTED = ("image_size", "in_chans", "num_classes", "patch_size", "drop_path_rate")
@@ -122,8 +133,16 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
 def _filtered(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """As timm, but the pooling that SigLIP's files bring is left out here: timm ignores whatever is there or missing.
 
-    DeiT's layer scale has another name in its files.
+    DeiT's layer scale has another name in its files. Those of DINOv3 have biases that are zero, which timm's names
+    without ``qkvb`` have no place for.
     """
+    if isinstance(model, timm_eva.Eva):
+        if "storage_tokens" in weights and getattr(model.blocks[0].attn, "q_bias", None) is None:
+            for name in [name for name in weights if name.endswith("attn.qkv.bias")]:
+                queries, _, values = weights.pop(name).chunk(3)  # that of the keys is masked there
+                if queries.any() or values.any():
+                    raise CheckpointError(f"has {name}, which is not zero; give timm's name with _qkvb")
+        return timm_eva.checkpoint_filter_fn(weights, model)
     weights = timm_vit.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)  # type: ignore[arg-type]
     return {name: tensor for name, tensor in weights.items() if not name.startswith("attn_pool.")}
 
@@ -152,7 +171,7 @@ def from_timm(theirs: nn.Module) -> tuple[VisionTransformer, Checkpoint]:
         Unsupported: If it has a part that ours has not; the message says which.
     """
     architecture = architecture_of(theirs)
-    weights = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    weights = {name: tensor.float() for name, tensor in _by_our_names(theirs).items()}
     headless = "head.weight" not in weights
     if headless:
         weights |= {"head.weight": torch.zeros(1, architecture["embed_dim"]), "head.bias": torch.zeros(1)}
@@ -185,9 +204,11 @@ def architecture_of(theirs: nn.Module) -> dict[str, Any]:
     Raises:
         Unsupported: With what it has that ours has not.
     """
-    if getattr(theirs, "rope", None) is not None:
-        raise Unsupported("rotary position embedding (RoPE)")
-    if type(theirs) is not timm_vit.VisionTransformer:
+    rope = getattr(theirs, "rope", None)
+    ours = type(rope) is RotaryEmbeddingDinoV3 and all(getattr(rope, k) == value for k, value in ROTATION.items())
+    if not (rope is None or ours):
+        raise Unsupported("rotary positions (RoPE) other than DINOv3's")
+    if type(theirs) not in PARTS:
         raise Unsupported(f"timm's class {type(theirs).__name__} instead of its VisionTransformer")
     model: Any = theirs
     block, embed = model.blocks[0], model.patch_embed
@@ -195,6 +216,7 @@ def architecture_of(theirs: nn.Module) -> dict[str, Any]:
         if found:
             raise Unsupported(reason)
     embed_dim, hidden = model.embed_dim, block.mlp.fc1.out_features
+    weights, pool = _by_our_names(theirs), "token" if model.global_pool == "token" else "mean"
     return {
         # Where sizes do not divide (384 by 14), timm leaves the last pixels out: the same for an image without them.
         "image_size": tuple(g * p for g, p in zip(embed.grid_size, embed.patch_size, strict=True)),
@@ -205,23 +227,43 @@ def architecture_of(theirs: nn.Module) -> dict[str, Any]:
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_ratio": next(r for r in (hidden / embed_dim, (hidden + 0.5) / embed_dim) if int(embed_dim * r) == hidden),
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "pool": "token" if model.global_pool == "token" else "mean",
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "pool": pool,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
-        "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,  # a start; the weights replace it
-        "num_registers": model.num_reg_tokens,
-        "prefix_positions": not model.no_embed_class and model.num_prefix_tokens > 0,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None,  # a start; the weights replace it
+        "num_registers": model.num_prefix_tokens - (pool == "token"),
+        "prefix_positions": weights["pos_embed"].shape[1] > embed.num_patches,
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
         "norm_after_pool": not isinstance(model.fc_norm, nn.Identity),
         "act": ACTIVATIONS[type(block.mlp.act).__name__],
         "norm_eps": block.norm1.eps,
+        "rope": rope is not None,
     }
+
+
+def _by_our_names(theirs: Any) -> dict[str, Tensor]:
+    """A timm model's weights as ours has them.
+
+    A class token that is not what is classified is one more register. Where there is no position embedding it is zero.
+    """
+    weights = dict(theirs.state_dict())
+    if isinstance(theirs, timm_eva.Eva):
+        weights = {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): tensor for name, tensor in weights.items()}
+        for name in [name for name in weights if name.endswith("attn.q_bias")]:
+            queries, values = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
+            weights[name.replace("q_bias", "qkv.bias")] = torch.cat([queries, torch.zeros_like(queries), values])
+    if theirs.global_pool == "avg" and "cls_token" in weights:
+        tokens = [weights.pop(name) for name in ("cls_token", "reg_token") if name in weights]
+        weights["reg_token"] = torch.cat(tokens, 1)
+    patches = theirs.patch_embed.proj.weight.new_zeros(1, theirs.patch_embed.num_patches, theirs.embed_dim)
+    return {"pos_embed": patches} | weights
 
 
 def _foreign_parts(model: Any, block: Any) -> Any:
     """Pairs (what, whether the timm model has it) of all that ours lacks, one after the other; outer parts first."""
-    yield f"{type(block).__name__} instead of plain pre-norm blocks", type(block) is not timm_vit.Block
-    yield f"{type(block.attn).__name__} instead of plain attention", type(block.attn) is not Attention
+    plain, attentions = PARTS[type(model)]
+    yield f"{type(block).__name__} instead of plain pre-norm blocks", type(block) is not plain
+    yield f"{type(block.attn).__name__} instead of plain attention", type(block.attn) not in attentions
     yield f"{type(block.mlp).__name__} instead of a plain MLP", type(block.mlp) is not Mlp
     yield f"{type(block.norm1).__name__} instead of LayerNorm", not isinstance(block.norm1, nn.LayerNorm)
     yield (
@@ -230,15 +272,15 @@ def _foreign_parts(model: Any, block: Any) -> Any:
     )
     yield "GELU by its tanh approximation under GELU's name", getattr(block.mlp.act, "approximate", "none") != "none"
     yield "gated attention", block.attn.gate is not None
-    yield "heads that are not embed_dim / num_heads wide", block.attn.attn_dim != model.embed_dim
+    yield "heads that are not embed_dim / num_heads wide", block.attn.proj.in_features != model.embed_dim
+    yield "queries, keys and values by maps of their own", block.attn.qkv is None
     yield f"activation {type(block.mlp.act).__name__}", type(block.mlp.act).__name__ not in ACTIVATIONS
     yield f"pooling by attention ({model.global_pool})", model.attn_pool is not None
     yield f"pooling {model.global_pool!r}", model.global_pool not in ("token", "avg")
-    yield "a mean over patches beside a class token", model.has_class_token and model.global_pool == "avg"
-    yield "a mean that includes registers", model.pool_include_prefix
+    yield "a mean that includes registers", getattr(model, "pool_include_prefix", False)
     norms = [norm for norm in (model.norm, model.fc_norm) if not isinstance(norm, nn.Identity)]
     yield f"{len(norms)} norms before the head instead of one", len(norms) != 1
-    yield "no position embedding", model.pos_embed is None
+    yield "no position embedding", model.pos_embed is None and getattr(model, "rope", None) is None
     plain = type(model.patch_embed) is PatchEmbed and isinstance(model.patch_embed.norm, nn.Identity)
     yield f"another patch embedding ({type(model.patch_embed).__name__})", not plain
     pre_norm = not isinstance(model.norm_pre, nn.Identity)
@@ -326,7 +368,8 @@ def start_from(
         notes.append(folded)
     if new.grid_size != old.grid_size:
         weights["pos_embed"] = old.positions(new.grid_size)
-        notes.append(f"position embedding resampled from {_by(old.grid_size)} to {_by(new.grid_size)} patches")
+        if weights["pos_embed"].any():  # or there is none: rope alone
+            notes.append(f"position embedding resampled from {_by(old.grid_size)} to {_by(new.grid_size)} patches")
     if tuple(class_names) != about.class_names:
         weights |= {name: new.state_dict()[name] for name in ("head.weight", "head.bias")}
         notes.append(f"head replaced: {len(about.class_names)} classes before, {len(class_names)} now")
