@@ -51,6 +51,11 @@ const visit = async () => {
   $("theme").click(); found.paper = getComputedStyle(document.body).backgroundColor;
   $("theme").click(); found.otherPaper = getComputedStyle(document.body).backgroundColor;
   found.wide = document.documentElement.scrollWidth <= innerWidth;
+  $("list").style.minHeight = "9000px"; scrollTo(0, 3000);  // of many images
+  [...$("strip").querySelectorAll("button")].at(-1).focus();
+  const focused = document.activeElement.getBoundingClientRect(), map = big.getBoundingClientRect();
+  found.reached = focused.top >= 0 && focused.bottom <= innerHeight;
+  found.beside = map.top >= -1 && map.bottom <= focused.top;
   document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
 };
 const wait = () => $("strip").children.length ? visit() : setTimeout(wait, 20);  // the strip comes last

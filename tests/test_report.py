@@ -221,6 +221,7 @@ VISIT = f"<script>{(Path(__file__).parent / 'report_visit.js').read_text()}</scr
         ("1280,900", 596, "3 of 596 images, examples of the classes and an even sample · 12 classes · "),
         ("500,800", SURVEYED, "3 of the first 50,000 images, examples of the classes and an even sample · "),
         ("500,800", 3, "3 images · "),
+        ("1366,768", 3, "3 images · "),
     ],
 )
 def test_page_works_in_a_browser(tmp_path, window, total, said):
@@ -298,3 +299,5 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert found["percents"]
     assert found["likeliest"] == "10"  # not 2, which JavaScript puts first
     assert found["wideClasses"]
+    assert found["reached"]  # the last head
+    assert found["beside"] or window.startswith("500")  # with the map in sight
