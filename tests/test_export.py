@@ -161,7 +161,40 @@ def test_onnx_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(export, "LARGE", 1000)
+    model, about = made(depth=1)
+    checkpoint = save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), about)
+    assert export.main([str(checkpoint), "--format", "onnx", "--out", str(tmp_path / "to" / "a.onnx")]) == 0
+    assert f"{tmp_path}/to/a.onnx.data: its weights; it needs them beside it" in capsys.readouterr().out
+    moved = (tmp_path / "to").rename(tmp_path / "moved")
+    assert sorted(file.name for file in moved.iterdir()) == ["a.onnx", "a.onnx.data"]
+
+    def logits() -> Any:
+        session = onnxruntime.InferenceSession(moved / "a.onnx", providers=["CPUExecutionProvider"])
+        return session.run(["logits"], {"pixels": np.full((1, 3, 8, 12), 99, np.uint8)})[0]
+
+    before = logits()
+    images = about.preprocess.normalize(torch.full((1, 3, 8, 12), 99, dtype=torch.uint8))
+    np.testing.assert_allclose(before, model(images).detach(), atol=1e-4)
+    monkeypatch.setattr(export, "TOLERANCE", -1)  # refused: the old one stays what it was
+    with pytest.raises(CheckpointError, match="from PyTorch's"):
+        export.export_onnx(*made(depth=1), moved / "a.onnx")
+    np.testing.assert_array_equal(logits(), before)
+
+
 # Command line ---------------------------------------------------------------------------------------------------------
+
+
+def test_command_does_not_overwrite_the_checkpoint(tmp_path, capsys):
+    model, about = made()
+    path = save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), about)
+    before = path.read_bytes()
+    assert export.main([str(path), "--format", "onnx", "--out", str(path)]) == 2
+    assert f"--out {path}: the checkpoint itself; name another file" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_command_writes_beside_the_checkpoint(tmp_path, capsys):

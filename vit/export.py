@@ -8,11 +8,13 @@ takes uint8 pixels and gives logits, probabilities and the attention map, checke
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from vit.rollout import fuse_heads, pooling_weights, rollout
 
 TOLERANCE = 1e-4  # between PyTorch and ONNX Runtime
 OUTPUTS = ("logits", "probabilities", "map")
+LARGE = 2**30  # bytes of weights above which they lie beside the ONNX file, which cannot hold 2 GiB
 # A model of timm's registry by rope and the norms' epsilon; everything else is an argument that config.json can hold.
 TIMM_BASE = {
     (False, 1e-6): "vit_base_patch16_224",
@@ -168,7 +171,8 @@ def export_onnx(model: VisionTransformer, about: Checkpoint, path: str | Path) -
     Args:
         model: The model, on the CPU.
         about: Its description.
-        path: The file; replaced only by one that computes the same as PyTorch.
+        path: The file; replaced only by one that computes the same as PyTorch. Weights of more than ``LARGE`` bytes lie
+            beside it, ``.data`` behind its name.
 
     Raises:
         CheckpointError: If a package is missing, the file cannot be written, or ONNX Runtime computes something else.
@@ -194,23 +198,34 @@ def export_onnx(model: VisionTransformer, about: Checkpoint, path: str | Path) -
             verbose=False,
         )
     program.model.metadata_props["vit"] = json.dumps(describe(about))
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        program.save(temporary)
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        differences = compare(session, explained, example)
-        if worst := [name for name, difference in differences.items() if not difference <= TOLERANCE]:
-            raise CheckpointError(f"ONNX Runtime's {worst[0]} is {differences[worst[0]]:.1e} from PyTorch's")
-        temporary.replace(path)
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as folder:
+            program.save(whole := Path(folder, path.name), external_data=is_large(model))
+            session = onnxruntime.InferenceSession(whole, providers=["CPUExecutionProvider"])
+            differences = compare(session, explained, example)
+            if worst := [name for name, difference in differences.items() if not difference <= TOLERANCE]:
+                raise CheckpointError(f"ONNX Runtime's {worst[0]} is {differences[worst[0]]:.1e} from PyTorch's")
+            if is_large(model):
+                path.unlink(missing_ok=True)  # an earlier one would compute with these weights
+                data_of(whole).replace(data_of(path))
+            whole.replace(path)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # the runtime has types of its own, without a common one
         raise CheckpointError(f"ONNX Runtime cannot run the export ({' '.join(str(error).split())[:200]})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return differences
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether the weights do not go into the ONNX file."""
+    return sum(weights.nbytes for weights in model.parameters()) > LARGE
+
+
+def data_of(path: Path) -> Path:
+    """Where they lie then."""
+    return path.with_name(f"{path.name}.data")
 
 
 def compare(session: Any, explained: Explained, pixels: Tensor) -> dict[str, float]:
@@ -245,6 +260,9 @@ def main(args: list[str] | None = None) -> int:
         out = options.out or _beside(options.checkpoint, options.format)
         if options.format == "onnx" and out.is_dir():
             raise CheckpointError(f"--out {out}: a folder; name the file, such as {out / 'model.onnx'}")
+        weights = options.checkpoint.rpartition("=")[2]
+        if options.format == "onnx" and out.exists() and os.path.exists(weights) and os.path.samefile(out, weights):
+            raise CheckpointError(f"--out {out}: the checkpoint itself; name another file")
         if options.format == "timm":
             export_timm(model, about, out)
             print(f'{out}: timm.create_model("local-dir:{out}", pretrained=True)')
@@ -252,6 +270,8 @@ def main(args: list[str] | None = None) -> int:
             found = export_onnx(model, about, out)
             largest = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
             print(f"{out}: ONNX Runtime equals PyTorch (largest difference: {largest})")
+            if is_large(model):
+                print(f"{data_of(out)}: its weights; it needs them beside it under this name")
     except (CheckpointError, OSError) as error:
         print(f"vit.export: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
