@@ -86,7 +86,9 @@ def test_what_is_hidden_and_this_run_s_maps_are_no_images(tmp_path, monkeypatch)
     assert not inputs.passed_over
     (tmp_path / "._a.png").touch()
     assert list(Inputs([".thumbs", "._a.png"])) == [".thumbs/t.png", "._a.png"]  # where they are named
-    assert list(Inputs(["**/*.png"], maps=str(tmp_path / "maps"))) == ["a.png", "maps of it/b.png"]
+    inputs = Inputs(["**/*.png"], maps=str(tmp_path / "maps"))
+    assert list(inputs) == ["a.png", "maps of it/b.png"]
+    assert inputs.in_maps == 2
     assert len(list(Inputs(["**/*.png"]))) == 4
 
 

@@ -331,6 +331,13 @@ def test_methods_are_those_of_the_library():
 # ---- maps --------------------------------------------------------------------------------------------------------
 
 
+def test_paths_that_lie_where_maps_are_put_are_not_lost_in_silence(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{images}/0/0.png\n{images}/0/1.png\n".encode())))
+    code, out, err = run("-", "--maps", images / "0", "--format", "jsonl")
+    assert (code, out) == (4, "")
+    assert f"2 images in the folder of --maps left out, where maps are put: {images}/0" in err
+
+
 def test_maps_sheet_and_report(run, images, tmp_path):
     maps, report = tmp_path / "maps", tmp_path / "report.html"
     options = (images, "--recursive", "--format", "jsonl")

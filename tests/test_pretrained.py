@@ -300,6 +300,13 @@ def test_refuses_a_folder_without_description(tmp_path):
         load_pretrained(tmp_path)
 
 
+def test_a_folder_of_transformers_is_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"]}')
+    save_file({"embeddings.cls_token": torch.zeros(1, 1, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"its config\.json is not timm's, perhaps transformers'; timm has most"):
+        load_pretrained(tmp_path)
+
+
 def test_imagenet_labels_are_names_and_each_names_one_class():
     with torch.device("meta"):
         labels = labels_of(timm.create_model("test_vit"))

@@ -42,6 +42,7 @@ class Inputs:
         stdin: Binary stream of paths, a line each, or each ended by a zero byte as ``find -print0`` writes them.
         maps: Folder in which this run puts pictures: none of them is an image of it.
         passed_over: Files in folders that were left out because of their suffix, counted by suffix; what is hidden too.
+        in_maps: How many of the files that ``stdin`` or a glob named were left out, as they lie in ``maps``.
     """
 
     sources: Iterable[str]
@@ -49,6 +50,7 @@ class Inputs:
     stdin: BinaryIO | None = None
     maps: str | None = None
     passed_over: Counter[str] = field(default_factory=Counter)
+    in_maps: int = 0
 
     def absolute(self) -> bool:
         """Whether all sources are absolute paths; of those on ``stdin``, the first one, which is waited for."""
@@ -57,6 +59,7 @@ class Inputs:
 
     def __iter__(self) -> Iterator[str | Unreadable]:
         self.passed_over.clear()
+        self.in_maps = 0
         for source in self.sources:
             try:
                 yield from self._of(source)
@@ -75,7 +78,11 @@ class Inputs:
             yield source
 
     def _outside(self, paths: Iterator[str]) -> Iterator[str]:
-        return (path for path in paths if self.maps is None or not within(os.path.dirname(path), self.maps))
+        for path in paths:
+            if self.maps is not None and within(os.path.dirname(path), self.maps):
+                self.in_maps += 1
+            else:
+                yield path
 
     def _one_at_least(self, folder: str) -> Iterator[str | Unreadable]:
         hint = "" if self.recursive else "; --recursive looks into its subfolders"

@@ -127,6 +127,9 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # no network, no such tag, a damaged file: each library has its own
+        if isinstance(error, KeyError) and error.args == ("architecture",):
+            hint = "timm has most of transformers' models under names of its own"
+            raise CheckpointError(f"{source}: its config.json is not timm's, perhaps transformers'; {hint}") from error
         raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
 
 

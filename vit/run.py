@@ -428,6 +428,8 @@ class Summary:
             say("  " + ", ".join(f"{label} {n}" for label, n in most) + f" and {rest} more classes" * bool(rest))
         if self.failed and options.out is not None:  # else it is in what was just written
             say(f"  {'first failed' if self.failed > 1 else 'failed'}: {self.first_failed}")
+        if n := inputs.in_maps:
+            say(f"  {n} image{'s' * (n != 1)} in the folder of --maps left out, where maps are put: {options.maps}")
         if inputs.passed_over:
             kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in inputs.passed_over.most_common(5))
             count = inputs.passed_over.total()
