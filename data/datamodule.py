@@ -181,7 +181,7 @@ class ImageDataModule(LightningDataModule):
         val_fraction: Share of the training images held out for validation where the data set brings none, in (0, 1);
             0 trains on all of them, for a last run whose settings are chosen: nothing is measured then, the last
             weights are kept, and the temperature stays 1.
-        seed: Of the held-out split, the order and the augmentation.
+        seed: Of the order and the augmentation; the held-out images are the same for every seed.
         num_workers: Processes that decode images; none for one a core, shared between the processes that train here.
             Sets that fit in memory are decoded once and need none after that.
         augment: Random changes to training images.
@@ -265,6 +265,8 @@ class ImageDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:
             self.device = self.trainer.strategy.root_device
+            if self.trainer.world_size > 1:  # Lightning's default: it would share out once more what is shared out
+                self.trainer._accelerator_connector.use_distributed_sampler = False
         train, val, test = self.source.train, self.source.val, self.source.test
         self.train: SplitDataset | Any  # Any: StreamDataset, as for the others
         self.val: Any = None if val is None else batches(val)

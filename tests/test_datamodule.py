@@ -123,6 +123,15 @@ def test_more_processes_than_images_is_one_line():
         module.train_dataloader()
 
 
+def test_lightning_does_not_share_out_once_more_what_is_shared_out():
+    """Which is its default where a program of the user's makes the trainer: half of the images would be left out."""
+    module = ImageDataModule(dataset="digits")
+    module.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, barebones=True)
+    module.setup()
+    loaders: list[Any] = [module.train_dataloader(), module.val_dataloader(), module.test_dataloader()]
+    assert not any(map(module.trainer._data_connector._requires_distributed_sampler, loaders))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
 def test_position_counts_as_the_trainer_steps(accumulate):
     """A step is taken after every few batches and at the end of an epoch."""
