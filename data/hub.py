@@ -285,6 +285,7 @@ def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored
     """
     from timm.data.dataset_factory import create_dataset
 
+    name = name.lower()  # as timm reads it
     try:
         found: dict[str, Any] = {
             split: create_dataset(f"torch/{name}", root=str(root), split=theirs, download=True)

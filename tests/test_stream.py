@@ -663,13 +663,14 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(header + values.astype(np.uint8).tobytes())
 
 
-def test_torchvision_sets_by_timms_name(options):
+@pytest.mark.parametrize("name", ["fashion_mnist", "Fashion_MNIST"])
+def test_torchvision_sets_by_timms_name(options, name):
     pixels = np.arange(9, dtype=np.uint8)[:, None, None] * np.ones((28, 28), np.uint8)
     raw = options["root"] / "FashionMNIST" / "raw"
     for part, images in (("train", pixels), ("t10k", pixels[:4] + 100)):
         write_idx(raw / f"{part}-images-idx3-ubyte", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(images)) % 3)
-    source: Any = load_source("torch/fashion_mnist", **options | {"image_size": None})
+    source: Any = load_source(f"torch/{name}", **options | {"image_size": None})
     assert source.class_names[:2] == ("T-shirt/top", "Trouser")
     assert source.train.images.shape == (9, 3, 28, 28)
     assert source.train.images[:, 0, 5, 5].tolist() == list(range(9))
