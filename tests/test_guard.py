@@ -262,6 +262,20 @@ def test_signal_saves_after_the_step(tmp_path, at_step, capfd, signum, code):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_processes_that_would_begin_at_different_steps_do_not():
+    """Two machines with a folder each: one finds the last checkpoint, the other none."""
+    strategy: Any = SimpleNamespace(reduce=lambda steps, reduce_op: steps + torch.tensor([5, 0]))
+    trainer: Any = SimpleNamespace(
+        world_size=2, global_rank=1, global_step=0, default_root_dir="here", strategy=strategy
+    )
+    with pytest.raises(
+        ValueError, match=r"process 1 would begin at step 0, process 0 at step 5: .* here has to be one"
+    ):
+        Guard()._check_start(trainer, SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    trainer.global_step = 5
+    Guard()._check_start(trainer, SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+
+
 def test_signal_before_a_validation_stops_after_it(tmp_path, at_step, saves):
     at_step(4, lambda self, loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
     assert fit(tmp_path, "--guard.minutes=60") == 143

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -65,6 +65,7 @@ class Guard(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved, self.late = time.monotonic(), pl_module.device.type == "cuda"
+        self._check_start(trainer, pl_module)
         if not getattr(trainer, "fast_dev_run", False):
             self._check_space(Path(trainer.default_root_dir), pl_module)
         for logger in trainer.loggers:
@@ -79,6 +80,18 @@ class Guard(Checkpoint):
             handled.append(signal.SIGUSR1)
         for signum in handled:
             signal.signal(signum, self._receive)
+
+    def _check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to exchange gradients of steps that do not belong together."""
+        steps = torch.zeros(trainer.world_size, dtype=torch.long, device=pl_module.device)
+        steps[trainer.global_rank] = trainer.global_step
+        first, *others = cast(Tensor, trainer.strategy.reduce(steps, reduce_op="sum")).tolist()
+        for rank, step in enumerate(others, 1):
+            if step != first:
+                raise ValueError(
+                    f"process {rank} would begin at step {step}, process 0 at step {first}: trainer.default_root_dir "
+                    f"{trainer.default_root_dir} has to be one folder that all machines share"
+                )
 
     def _check_space(self, root: Path, pl_module: LightningModule) -> None:
         root.mkdir(parents=True, exist_ok=True)
