@@ -823,7 +823,7 @@ def test_out_of_time_is_not_done(batches, accumulate, steps, tmp_path, monkeypat
     assert all(torch.equal(first[key], value) for key, value in second.items())
 
 
-def test_a_run_that_early_stopping_ended_within_an_epoch_goes_on_step_by_step(tmp_path):
+def test_a_run_that_early_stopping_ended_within_an_epoch_goes_on_step_by_step(tmp_path, capfd):
     """Five steps an epoch: the second validation is at the end of the fourth step, and better by no whole 1."""
     options = ["--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
     stopping = [
@@ -833,6 +833,13 @@ def test_a_run_that_early_stopping_ended_within_an_epoch_goes_on_step_by_step(tm
     parted, whole = tmp_path / "parted", tmp_path / "whole"
     assert run("fit", parted, *options, "--trainer.max_epochs=1", *stopping) == 0
     assert torch.load(parted / "last.ckpt", weights_only=True)["global_step"] == 4
+    with pytest.raises(SystemExit) as ended:
+        run("fit", parted, *options, "--trainer.max_epochs=1", "--ckpt_path=last")
+    assert ended.value.code == 0
+    said = (
+        f"finished, 4 steps, as a callback stopped it; nothing was changed. To go on all the same: --ckpt_path {parted}"
+    )
+    assert said in capfd.readouterr().err
     for root in (parted, whole):
         assert run("fit", root, *options, "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     steps = [[row["step"] for row in table(root) if "train/loss" in row] for root in (parted, whole)]

@@ -391,7 +391,7 @@ class ViTClassifier(LightningModule):
         if data := getattr(trainer, "datamodule", None):
             data.preprocess = self.preprocess
         for state in checkpoint.get("callbacks", {}).values():
-            if "best_model_path" in state:
+            if Path(state.get("best_model_path", "")).name == "best.ckpt":  # ours, and not another ModelCheckpoint's
                 relocate(state, Path(trainer.default_root_dir))
 
     def on_fit_end(self) -> None:

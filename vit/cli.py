@@ -307,13 +307,19 @@ class TrainCLI(LightningCLI):
         """Leave in peace where ``last`` has reached its end and is exported; refuse where no step would be left."""
         limits, exported = [self.trainer.max_epochs, self.trainer.max_steps], root / "model.safetensors"
         finished = self._get(self.config, "ckpt_path") == "last" and state["callbacks"]["Guard"]["done"] == limits
-        if finished and exported.exists() and exported.stat().st_mtime >= file.stat().st_mtime:
-            words = f"this run is finished, {state['global_step']:,} steps; nothing was changed"
-            print(f"{root}: {words}. Longer: --trainer.max_epochs", file=sys.stderr)
-            sys.exit(0)
         epochs = state["epoch"] + state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-        for what, limit, done in (("epochs", limits[0], epochs), ("steps", limits[1], self.first_step)):
-            if limit not in (None, -1) and limit <= done and not finished:
+        reached = [
+            (what, limit, done)
+            for what, limit, done in (("epochs", limits[0], epochs), ("steps", limits[1], self.first_step))
+            if limit not in (None, -1) and limit <= done
+        ]
+        if finished and exported.exists() and exported.stat().st_mtime >= file.stat().st_mtime:
+            words = f"this run is finished, {self.first_step:,} steps{'' if reached else ', as a callback stopped it'}"
+            longer = "Longer: --trainer.max_epochs" if reached else f"To go on all the same: --ckpt_path {file}"
+            print(f"{root}: {words}; nothing was changed. {longer}", file=sys.stderr)
+            sys.exit(0)
+        for what, limit, done in reached:
+            if not finished:
                 raise ValueError(
                     f"{file}: nothing is left to train, {done} of {limit} {what} are done. Longer: "
                     f"--trainer.max_{what}; a new run from its weights: --model.pretrained {file}"

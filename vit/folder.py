@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 
 RESULTS = ("last.ckpt", "best.ckpt", "model.safetensors")  # of a run, in its folder
 MEASUREMENTS = ("test", "validate")  # folders in it for what these commands find
+CHECKPOINTS = "checkpoints"  # folder in it where Lightning puts what a ModelCheckpoint of the user's keeps
 
 
 def refuse_foreign(root: Path) -> None:
@@ -92,17 +94,22 @@ def put_back(root: Path, aside: Path) -> None:
     for path in parts_of_run(root):
         path.unlink()
     move_run(aside, root)
+    (aside / "config.yaml").unlink(missing_ok=True)
     aside.rmdir()
     print(f"{root}: the run that was here is back", file=sys.stderr)
 
 
 def move_run(root: Path, place: Path) -> None:
-    """Move what a run leaves in its folder, and nothing else that may be there."""
+    """Move what a run leaves in its folder, and nothing else that may be there.
+
+    ``config.yaml`` stays there too, until that of the new run takes its place: it may be what the new one is started
+    with, whose other processes read it later.
+    """
     for path in parts_of_run(root):
         to = place / path.relative_to(root)
         to.parent.mkdir(exist_ok=True)
-        path.rename(to)
-    for name in MEASUREMENTS:
+        (shutil.copyfile if path == root / "config.yaml" else os.rename)(path, to)
+    for name in (*MEASUREMENTS, CHECKPOINTS):
         with suppress(OSError):  # not there, or not empty
             (root / name).rmdir()
 
@@ -113,4 +120,5 @@ def parts_of_run(root: Path) -> list[Path]:
     for folder in (root, *(root / name for name in MEASUREMENTS)):
         found += [folder / name for name in ("config.yaml", "metrics.csv", "hparams.yaml", "confusion.csv")]
         found += [*folder.glob("events.out.tfevents.*"), *folder.glob("hpc_ckpt_*.ckpt")]
+    found += (root / CHECKPOINTS).glob("*.ckpt")
     return [path for path in found if path.is_file()]
