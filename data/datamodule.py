@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.augment import DRAWS, Augment, epoch_key, uniform
 from data.cache import OnBad, say_once
+from data.labels import refuse_among
 from data.sources import DataError, Source, Split, Stream, load_source, stratified_split
 from data.stream import Batch, StreamDataset, StreamOrder, even
 from vit.preprocess import Preprocess, usable_cores
@@ -267,6 +269,8 @@ class ImageDataModule(LightningDataModule):
             self.device = self.trainer.strategy.root_device
             if self.trainer.world_size > 1:  # Lightning's default: it would share out once more what is shared out
                 self.trainer._accelerator_connector.use_distributed_sampler = False
+            if stage == "fit" and (folder := Path(self.dataset).expanduser()).is_dir():
+                refuse_among([folder], self.trainer.default_root_dir, "trainer.default_root_dir")
         train, val, test = self.source.train, self.source.val, self.source.test
         self.train: SplitDataset | Any  # Any: StreamDataset, as for the others
         self.val: Any = None if val is None else batches(val)

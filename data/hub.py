@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -131,6 +132,7 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
         import datasets
     except ImportError:
         raise DataError(f"{dataset}: needs the package datasets; pip install datasets") from None
+    dataset = os.path.expanduser(dataset)
     try:
         cache = str(root / "huggingface")
         found: Any = datasets.load_dataset(dataset, cache_dir=cache, streaming=streaming)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -62,6 +63,20 @@ def left_out(passed_over: Counter[str], beside: list[str]) -> Iterator[str]:
         yield f"{len(beside)} outside them ({', '.join(beside[:3])}{', ...' * (len(beside) > 3)})"
 
 
+def refuse_among(folders: Iterable[Path], place: str | Path, what: str) -> None:
+    """Refuse a folder that this program writes in and that the next start would take for a class.
+
+    Args:
+        folders: With class folders, or with train/, val/ and test/ above those.
+        place: Where it is, or would be.
+        what: The setting that says so.
+    """
+    for folder in folders:
+        among = Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder))
+        if among and split_folders(folder) == {"train": folder}:
+            raise DataError(f"{what} {place} would lie among the class folders of {folder}: name another place for it")
+
+
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
@@ -74,6 +89,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     matches = {split: [n for n in names if n.casefold() in spellings] for split, spellings in SPLITS.items()}
     known = {name for found in matches.values() for name in found}
     if known != set(names) and not any(subfolders(folder / name) for name in known):
+        refuse_half_named(folder, names)
         return {"train": folder}  # a class may be called train
     if twice := [found for found in matches.values() if len(found) > 1]:
         raise DataError(f"{folder} has both {twice[0][0]}/ and {twice[0][1]}/: keep one of them")
@@ -82,6 +98,18 @@ def split_folders(folder: Path) -> dict[str, Path]:
             f"{folder} has {min(known)}/ but no train/: move the class folders of the training images into train/"
         )
     return {split: folder / found[0] for split, found in matches.items() if found} or {"train": folder}
+
+
+def refuse_half_named(folder: Path, names: list[str]) -> None:
+    """Refuse training_set/ and test_set/, which would be two classes, where they have folders in them."""
+    said: dict[str, str] = {}
+    for name in names:
+        words = {split_of(word.removesuffix("set")) for word in re.split(r"[\W\d_]+", name.casefold())}
+        if len(of := words & set(SPLITS)) == 1 and subfolders(folder / name):
+            said.setdefault(of.pop(), name)
+    if len(said) > 1:
+        renamed = ", ".join(f"{name}/ to {split}/" for split, name in said.items())
+        raise DataError(f"{folder} has splits with names that are not theirs: rename {renamed}")
 
 
 def outside(root: Path, splits: Collection[Path]) -> list[str]:
@@ -226,7 +254,8 @@ def read_table(file: Path) -> Iterable[dict[str, Any]]:
         lines.seek(0)
         # A spreadsheet of a country where the comma is in numbers has semicolons in its CSV.
         comma = ";" if ";" in header and "," not in header else ","
-        table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else comma)
+        delimiter = "\t" if file.suffix.lower() == ".tsv" else comma
+        table = csv.DictReader(lines, delimiter=delimiter, strict=True)  # a quote that opens nothing eats no rows
         table.fieldnames = [name.strip() for name in table.fieldnames or ()]
         rows = list(table)
     for number, row in enumerate(rows, 1):

@@ -24,7 +24,7 @@ from data.cache import (
     say_once,
 )
 from data.hub import StoredImages, hub_images, hub_shards, load_hub, load_tfds, load_torch
-from data.labels import SPLITS, TABLES, list_images, list_table
+from data.labels import SPLITS, TABLES, list_images, list_table, refuse_among
 from data.stream import Shards, Stream, load_tars, stream_statistics
 from vit.preprocess import Preprocess
 
@@ -242,6 +242,7 @@ def load_files(dataset: str, options: Options) -> Source:
                 if path.suffix.lower() in TABLES:
                     what = "is a table, which stands alone" if path.exists() else "is not there"
                 raise DataError(f"{path} {what}: --data.dataset takes {FORMS}")
+        refuse_among(paths, options.root, "data.root")
         class_names, parts = list_images(paths)
     files = {
         split: ImageFiles(folder=folder, names=names, preprocess=options.preprocess)
@@ -276,7 +277,15 @@ def load_stored(dataset: str, kind: str, name: str, options: Options) -> Source:
             labels[split] = numbers[known]
     if "train" not in files:
         raise DataError(f"{dataset} has no labelled training split, only {', '.join(files) or 'images without labels'}")
+    refuse_one_class(dataset, class_names)
     return decoded(dataset, class_names, files, labels, options)
+
+
+def refuse_one_class(dataset: str, class_names: tuple[str, ...]) -> None:
+    """A model of one class is right whatever it sees."""
+    if len(class_names) < 2:
+        found = f"one class alone, {class_names[0]!r}" if class_names else "no classes"
+        raise DataError(f"{dataset} has {found}: two or more are needed")
 
 
 def usable(dataset: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,6 +356,7 @@ def load_stream(dataset: str, kind: str, name: str, options: Options) -> Source:
         shards = {
             split: hub_shards(f"{dataset} {split}", *part, options.cache / "hfids") for split, part in rows.items()
         }
+    refuse_one_class(dataset, class_names)
     shards = usable(dataset, shards)
     if "train" not in shards:
         raise DataError(f"{dataset} has no training split, only {', '.join(shards)}")

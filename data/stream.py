@@ -434,9 +434,18 @@ def read_info(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]] | Non
 
 def find_tars(folder: Path) -> dict[str, list[str]]:
     """Tar files by the split that is a word in their names (``set-train-000.tar``); all for training if none is."""
-    files = sorted(path for path in folder.iterdir() if re.search(r"\.(tar|tar\.gz|tgz)$", path.name))
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # macOS leaves ._NAME
+    files = [path for path in there if re.search(r"\.(tar|tar\.gz|tgz)$", path.name, re.I)]
+    if others := [
+        path.name for path in there if path not in files and re.search(r"\.(tar\.\w+|tbz2?|txz|tzst)$", path.name, re.I)
+    ]:
+        raise DataError(
+            f"{folder}: of tar files .tar, .tar.gz and .tgz are read; unpack or move {', '.join(others[:3])}"
+        )
     if not files:
         raise DataError(f"{folder} has no tar files")
+    if inside := [path.name for path in there if path.is_dir() and any(path.glob("*.tar*"))]:
+        raise DataError(f"{folder}: tar files lie in it and in {inside[0]}/ too: give them one folder")
     splits: dict[str, list[str]] = {}
     for path in files:
         said = sorted({split_of(word) for word in re.split(r"[\W\d_]+", path.name)} & set(SPLITS))

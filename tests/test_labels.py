@@ -118,6 +118,7 @@ def test_a_semicolon_in_a_table_with_commas_divides_nothing(tmp_path):
             r"labels.csv: row 2 is no UTF-8: save the table as",
         ),
         ("path,label\na.png,x\n".encode("utf-16"), r"labels.csv: .* UTF-8"),
+        (b'path,label\na.png,"x\nb.png,y\nc.png,"x\nd.png,y\n', r"labels.csv: cannot be read \("),
         (
             "path,label\na.png,x\nb.png,K\xe4fer\n".encode("latin-1"),
             r"^[^:]*labels.csv: the label of row 2 is no UTF-8",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from lightning.pytorch import Trainer
 from PIL import ExifTags, Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
@@ -466,6 +467,10 @@ BAD_FOLDERS = {
     "empty train": (lambda x: (make(x, test__a=1), (x / "train").mkdir()), "x/train has no class folders"),
     "splits without classes": (lambda x: make(x, train=2, test=2), "x/train has no class folders"),
     "no train": (lambda x: make(x, val__a=1, test__a=1), "x has test/ but no train/"),
+    "splits by names of their own": (
+        lambda x: make(x, training_set__a=2, training_set__b=2, test_set__a=1),
+        "x has splits with names that are not theirs: rename test_set/ to test/, training_set/ to train/",
+    ),
     "two vals": (
         lambda x: make(x, train__a=2, train__b=2, val__a=1, valid__a=1),
         "/x has both val/ and valid/: keep one",
@@ -500,6 +505,20 @@ def test_bad_folder_is_one_line_that_names_the_path(tmp_path, load, case):
     assert message.startswith(str(tmp_path))
     assert message[len(str(tmp_path)) :].startswith("/" + expected.lstrip("/"))
     assert "\n" not in message
+
+
+def test_what_a_run_writes_is_no_class_of_the_next(tmp_path, load, monkeypatch):
+    """Nor does it matter where there are folders of splits."""
+    monkeypatch.chdir(make(tmp_path / "images", a=2, b=2))
+    with pytest.raises(DataError, match=r"data\.root datasets would lie among the class folders of \.: name another"):
+        load(".", root="datasets")
+    module = ImageDataModule(dataset=".", root=str(tmp_path / "root"))
+    module.trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+    with pytest.raises(DataError, match=r"trainer\.default_root_dir .*/images would lie among the class folders of \."):
+        module.setup("fit")
+    monkeypatch.chdir(make(tmp_path / "split", train__a=2, train__b=2))
+    load(".", root="datasets")
+    assert load(".", root="datasets").class_names == ("a", "b")
 
 
 def test_tables_that_are_not_there_or_not_alone(tmp_path, load):

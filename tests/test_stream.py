@@ -355,12 +355,13 @@ def tars(folder: Path, *names: str) -> Path:
     "expected",
     [
         {"train": ["imagenet1k-train-000.tar", "imagenet1k-train-001.tar"], "val": ["imagenet1k-validation-000.tar"]},
-        {"train": ["set_Train.tar.gz"], "val": ["set_valid.tgz"], "test": ["test7.tar"]},
+        {"train": ["set_Train.tar.gz"], "val": ["set_valid.tgz"], "test": ["test7.TAR"]},
         {"train": ["latest-0.tar", "photos-0.tar"]},  # a part of a word
     ],
 )
 def test_the_split_is_a_word_anywhere_in_the_name(tmp_path, expected):
-    found = find_tars(tars(tmp_path / "tars", *(name for names in expected.values() for name in names)))
+    others = ("._train-0.tar", "classes.txt", "stars.jpg")
+    found = find_tars(tars(tmp_path / "tars", *others, *(name for names in expected.values() for name in names)))
     assert {split: [Path(path).name for path in paths] for split, paths in found.items()} == expected
 
 
@@ -372,11 +373,21 @@ def test_the_split_is_a_word_anywhere_in_the_name(tmp_path, expected):
         (["trainset-0.tar", "valset-0.tar"], r"tars: train, val or test must be a word of its own in trainset-0.tar"),
         (["test-train-0.tar"], r"test-train-0.tar: its name says both test and train: rename it"),
         (["val-0.tar", "test-0.tar"], r"tars has test tar files but no train: rename or add those for training"),
+        (
+            ["train-0.tar", "train-1.tar.bz2", "train-2.txz"],
+            r"are read; unpack or move train-1\.tar\.bz2, train-2\.txz",
+        ),
     ],
 )
 def test_no_tar_file_is_lost_or_trained_on_by_mistake(tmp_path, names, message):
     with pytest.raises(DataError, match=message):
         find_tars(tars(tmp_path / "tars", *names))
+
+
+def test_tar_files_in_a_folder_below_are_not_left_out(tmp_path):
+    tars(tars(tmp_path / "tars", "a.tar") / "more", "b.tar")
+    with pytest.raises(DataError, match=r"tars: tar files lie in it and in more/ too"):
+        find_tars(tmp_path / "tars")
 
 
 def test_validation_is_held_out_by_shards(shards):
@@ -400,7 +411,8 @@ def test_validation_is_held_out_by_shards(shards):
         ({}, "has no tar files"),
         ({"a.png": encoded(1)}, "a: no class number in a file of that name with the ending .cls"),
         ({"a.png": encoded(1), "a.cls": b"cat"}, "a: no class number"),
-        ({"a.png": b"no image", "a.cls": b"0"}, "train-0.tar/a: not an image of a known format"),
+        ({"a.png": b"no image", "a.cls": b"1"}, "train-0.tar/a: not an image of a known format"),
+        ({"a.png": encoded(1), "a.cls": b"0"}, "tars has one class alone, '0': two or more are needed"),
         (
             {"a.3.png": encoded(1), "a.3.cls": b"0"},
             "train-0.tar: a.3.png: what is behind the first dot is",
