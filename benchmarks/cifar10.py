@@ -90,7 +90,8 @@ def main() -> None:
         table.add_row(row["what"], f"{row['value']:.2%}")
     Console().print(table)
     parameters = sum(p.numel() for p in model.parameters())
-    facts: dict[str, Any] = {"parameters": parameters, "temperature": about.temperature, "training": about.training}
+    facts: dict[str, Any] = {"parameters": parameters, "temperature": about.temperature}
+    facts |= {"metrics": about.metrics, "training": about.training}
     if Path(args.data).is_dir():
         facts["bfloat16"] = precisions(args.checkpoint, sorted(Path(args.data, "test").rglob("*.jpg")))
         print(facts["bfloat16"])

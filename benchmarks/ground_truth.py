@@ -40,8 +40,8 @@ CHANGES = {  # to that config: a larger canvas, whose cells must stay where they
 }
 
 
-def canvases(split: Split, number: int, *, vary: bool, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (number, 24, 24) in uint8, their labels, and the cell (0 to 8, row by row) that decides.
+def canvases(split: Split, number: int, *, vary: bool, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (number, 24, 24) in uint8, their labels, the cell (0 to 8, row by row) that decides, and its digit.
 
     Args:
         split: Digits to draw from.
@@ -64,8 +64,9 @@ def canvases(split: Split, number: int, *, vary: bool, seed: int) -> tuple[Tenso
     signs[torch.arange(number), cells] = 1.0
     tiles = digits.view(number, CELLS, CELLS, SIDE, SIDE) * signs.view(number, CELLS, CELLS, 1, 1)
     pictures = (128 + 127 * tiles).round().clamp(0, 255).to(torch.uint8)
-    labels = split.labels[chosen[torch.arange(number), cells]]
-    return pictures.permute(0, 1, 3, 2, 4).reshape(number, CELLS * SIDE, CELLS * SIDE), labels, cells
+    deciding = chosen[torch.arange(number), cells]
+    pictures = pictures.permute(0, 1, 3, 2, 4).reshape(number, CELLS * SIDE, CELLS * SIDE)
+    return pictures, split.labels[deciding], cells, deciding
 
 
 def write(folder: Path, images: Tensor, labels: Tensor) -> None:
@@ -87,11 +88,17 @@ def in_cell(maps: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     return points, mass
 
 
-def wilson(hits: Tensor) -> tuple[float, float]:
-    """95 % interval of a share of successes (B,)."""
-    n, p, z = len(hits), float(hits.float().mean()), 1.96
+def wilson(hits: Tensor, n: int) -> tuple[float, float]:
+    """95 % interval of a share of successes (B,), of which so many are independent."""
+    p, z = float(hits.float().mean()), 1.96
     middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+def deviation(values: Tensor, groups: Tensor) -> float:
+    """Of the mean of values (B,), of which those of a group (B,) are not independent."""
+    sums = torch.zeros(int(groups.max()) + 1).index_add(0, groups, values - values.mean())
+    return float(sums.square().sum().sqrt() / len(values))
 
 
 def mapped(maker: Maker, images: Tensor) -> Tensor:
@@ -108,7 +115,7 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     source = load_source("digits")
     assert source.test is not None
-    images, labels, cells = canvases(source.test, options.test, vary=False, seed=1)
+    images, labels, cells, deciding = canvases(source.test, options.test, vary=False, seed=1)
     data = options.folder / "data"
     write(data / "train", *canvases(source.train, options.train, vary=True, seed=0)[:2])
     started = time.perf_counter()
@@ -124,17 +131,17 @@ def main(args: list[str] | None = None) -> None:
     with torch.inference_mode():
         accuracy = float((torch.cat([model(part).argmax(1) for part in images.split(BATCH)]) == labels).float().mean())
     without = {name: in_cell(mapped(maker, images), cells)[0] for name, maker in makers(untrained).items()}
-    rows = []
+    rows, digits = [], len(deciding.unique())  # some decide on several canvases
     table = Table("map", "pointing", "mass in the cell", "untrained", title=f"test accuracy {accuracy:.1%}")
     for name, maker in makers(model).items():
         points, mass = in_cell(mapped(maker, images), cells)
-        low, high = wilson(points)
+        (low, high), error = wilson(points, digits), 1.96 * deviation(mass, deciding)
         row = {
             "map": name,
             "pointing": round(float(points.float().mean()), 4),
             "pointing_95": [round(low, 4), round(high, 4)],
             "mass": round(float(mass.mean()), 4),
-            "mass_95": [round(float(mass.mean() + s * 1.96 * mass.std() / len(mass) ** 0.5), 4) for s in (-1, 1)],
+            "mass_95": [round(float(mass.mean()) + s * error, 4) for s in (-1, 1)],
             "pointing_untrained": round(float(without[name].float().mean()), 4),
         }
         rows.append(row)
@@ -146,7 +153,8 @@ def main(args: list[str] | None = None) -> None:
         )
     Console(width=120).print(table)
     facts = {"chance": round(1 / CELLS**2, 4), "test_accuracy": round(accuracy, 4), "train_seconds": round(seconds, 1)}
-    print(record("ground_truth", rows, **facts, train=options.train, test=options.test, epochs=options.epochs))
+    facts |= {"train": options.train, "test": options.test, "deciding_digits": digits, "epochs": options.epochs}
+    print(record("ground_truth", rows, **facts))
 
 
 def makers(model: VisionTransformer) -> dict[str, Maker]:

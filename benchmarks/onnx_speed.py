@@ -19,6 +19,7 @@ from rich.table import Table
 from benchmarks.record import record
 from vit.checkpoint import Checkpoint
 from vit.export import OUTPUTS, Explained, export_onnx
+from vit.memory import keep_freed_memory
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 
@@ -26,7 +27,7 @@ MODELS = {
     "ViT-Ti/16 at 224": {"image_size": 224, "patch_size": 16, "embed_dim": 192, "num_heads": 3},
     "configs/cifar10_cpu.yaml": {
         **{"image_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 10},
-        **{"pool": "mean", "stem": "conv", "qk_norm": True},
+        **{"pool": "mean", "stem": "conv", "qk_norm": True, "rope": True},
     },
 }
 
@@ -35,7 +36,7 @@ def rates(runs: dict[str, Callable[[], object]], images: int, repeats: int) -> d
     """Images a second of each run: the median over repeats, taken in turns, after one run to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: 1 if repeat % 2 else -1]:
             started = time.perf_counter()
             run()
             if repeat:
@@ -47,6 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10, help="timed batches of each (default: 10)")
     args = parser.parse_args()
+    keep_freed_memory()  # as predict.py does
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     rows = []

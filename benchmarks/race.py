@@ -30,6 +30,7 @@ from benchmarks.record import record
 from benchmarks.train_speed import bare_trainer, epochs_of, load, now, quiet, show
 from data.augment import Augment
 from data.datamodule import Draw, ImageDataModule
+from vit.classifier import compiler_fault
 from vit.memory import keep_freed_memory
 from vit.optim import learning_rate
 
@@ -104,7 +105,8 @@ def control(options: Any, minutes: float, seed: int, device: torch.device) -> di
     a_step = statistics.median(b - a for a, b in pairwise(tried))
     model.load_state_dict(start)
     epochs = max(1, round(minutes * 60 / a_step / epoch))
-    return outcome(model, module, train(model, network, module, device, steps=epochs * epoch), device)
+    found = outcome(model, module, train(model, network, module, device, steps=epochs * epoch), device)
+    return found | {"compiling": found["compiling"] + split_time(tried)[1]}
 
 
 def cct_7(image_size: Sequence[int], classes: int) -> nn.Module:
@@ -176,6 +178,8 @@ def main() -> None:
             parser.error(f"the control needs the package vit-pytorch ({error}): install it, or pass --no-control")
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and (fault := compiler_fault(device)):  # ours would run uncompiled, the control not at all
+        raise SystemExit(f"nothing can be compiled here ({fault}): a C compiler and Python's headers are needed")
     torch.set_float32_matmul_precision("high")  # both as train.py does
     keep_freed_memory()
     rows: list[dict[str, Any]] = []

@@ -46,7 +46,7 @@ from torchvision.transforms import v2
 
 from benchmarks.record import record
 from data.datamodule import Batch, ImageDataModule
-from vit.classifier import ViTClassifier
+from vit.classifier import ViTClassifier, compiler_fault
 from vit.cli import TrainCLI
 from vit.info import flops
 from vit.memory import keep_freed_memory
@@ -257,6 +257,8 @@ def timm_model(model: Any, side: tuple[int, int]) -> nn.Module:
         embed_dim=a["embed_dim"],
         depth=a["depth"],
         num_heads=a["num_heads"],
+        mlp_ratio=a["mlp_ratio"],
+        qkv_bias=a["qkv_bias"],
         class_token=False,
         global_pool="avg",
         qk_norm=a["qk_norm"],
@@ -357,15 +359,15 @@ def compare(cli: Any, dataset: str, turns: int, workers: int) -> Iterator[tuple[
         rows = []
         for name, speeds in taken.items():
             rate = batch / statistics.median(speed.seconds for speed in speeds)
+            ratios = [speed.seconds / mine for speed, mine in zip(speeds, first, strict=True)]
             rows.append(
                 {
                     "pixels": f"{side[0]}x{side[1]}",
                     "share of steps": round(until - previous, 3),
                     "way": name,
                     "images/s": round(rate),
-                    "ours, times as fast": round(
-                        statistics.median(speed.seconds / mine for speed, mine in zip(speeds, first, strict=True)), 2
-                    ),
+                    "ours, times as fast": round(statistics.median(ratios), 2),
+                    "of the turns": f"{min(ratios):.2f}-{max(ratios):.2f}",
                     "waiting for data": round(statistics.median(speed.waiting for speed in speeds), 3),
                     "of matmul peak": round(rate * work / top, 3),
                 }
@@ -442,6 +444,10 @@ def main() -> None:
         print(record(options.name or "train_growth", rows, config=options.config))
         return
     cli = load(options.config, options.data, *more)
+    if cli.model.compiles and (fault := compiler_fault(device_of(cli))):
+        raise SystemExit(
+            f"nothing can be compiled here ({fault}), which the config asks for: add --model.compile=false"
+        )
     facts = {"config": options.config, "batch": cli.datamodule.batch_size, "turns": options.turns}
     rows, minutes = [], 0.0
     for more_rows, minutes in compare(cli, options.data, options.turns, options.workers):

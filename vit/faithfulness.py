@@ -4,7 +4,8 @@ A true map makes it fall fast, and makes it rise fast when patches are added to 
 mean something only beside other orders, so least-relevant-first and random order always come with them. Adding the most
 relevant patches first shows the same images as taking the least relevant away first, read backwards: three curves say
 it all. Probabilities are those of the logits as they are: a checkpoint's temperature is not in them. One image's score
-is rough (random maps of CIFAR-10 scatter by 0.16); means over many are not. Source: Petsiuk et al. 2018 (1806.07421).
+is rough (random maps of CIFAR-10 scatter by 0.15 to 0.17); means over many are not. Source: Petsiuk et al. 2018
+(1806.07421).
 Shapes in comments: B images, P patches, S steps.
 """
 
