@@ -79,7 +79,7 @@ def main(args: ArgsType = None) -> int:
         print(f"train.py: {' '.join(str(error).split())}; try half the --data.batch_size", file=sys.stderr)
         return 2
     except Diverged as error:
-        print(f"train.py: diverged: {error}; try a lower learning rate", file=sys.stderr)
+        print(f"train.py: diverged: {error}; try a lower model.lr, with Muon a lower model.muon_lr", file=sys.stderr)
         return 5
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning makes the one the other
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):

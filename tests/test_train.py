@@ -138,7 +138,7 @@ def test_a_checkpoint_that_knows_nothing_of_an_option_has_its_default(fitted, tm
         assert run("test", root, f"--ckpt_path={path}", *more) == 0
     assert table(tmp_path / "without/test") == table(tmp_path / "asked/test")
     assert run("fit", tmp_path / "on", f"--ckpt_path={path}", rope, "--trainer.max_epochs=3") == 2
-    assert "the checkpoint's model has rope False, this one True; a new run" in capfd.readouterr().err
+    assert "the checkpoint's model has rope False, this one True; train anew without" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["test", "validate"])
@@ -1081,7 +1081,7 @@ def test_bad_images_are_known_before_the_first_step(tmp_path, capfd, monkeypatch
 def test_run_goes_on_with_its_own_model_and_optimiser_only(fitted, tmp_path, capfd):
     shutil.copy(fitted / "last.ckpt", tmp_path)
     assert run("fit", tmp_path, "--ckpt_path=last", "--model.embed_dim=32") == 2
-    assert "embed_dim 16, this one 32; a new run from its weights: --model.pre" in capfd.readouterr().err
+    assert "embed_dim 16, this one 32; train anew without --ckpt_path" in capfd.readouterr().err
     assert not (tmp_path / "config.yaml").exists()  # that of the run would have been lost
     assert run("fit", tmp_path, "--ckpt_path=last", "--trainer.max_epochs=1") == 2
     assert "last.ckpt: nothing is left to train, 2 of 1 epochs are done. Longer: " in capfd.readouterr().err

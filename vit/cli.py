@@ -282,11 +282,12 @@ class TrainCLI(LightningCLI):
         if "optimizer_states" not in state:
             raise ValueError(f"{file}: holds weights alone; start a new run from them with --model.pretrained {file}")
         self.first_step = state["global_step"]
-        anew = f"a new run from its weights: --model.pretrained {file}"
+        anew = f"a new run from its weights: --model.pretrained {file} --trainer.default_root_dir OTHER"
         try:
             self.model.refuse_other(state["vit"])  # before this run's config.yaml takes the place of the other's
         except ValueError as error:
-            raise ValueError(f"{file}: {error}; {anew}") from None
+            of_model = "checkpoint's model has" in str(error)  # which weights do not change
+            raise ValueError(f"{file}: {error}; {'train anew without --ckpt_path' if of_model else anew}") from None
         for name in ("optimizer", "layer_decay", "freeze"):
             before, now = state["hyper_parameters"].get(name), self.model.hparams[name]
             if before != now:

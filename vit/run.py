@@ -143,7 +143,8 @@ def load_and_classify(options: argparse.Namespace) -> int:
             output.close()
     except Stopped as stop:
         summary.tell(options, inputs)
-        say(f"stopped by {signal.Signals(stop.number).name}{where(options, output)}")
+        left = where(options, output) if summary.new or options.resume else ""
+        say(f"stopped by {signal.Signals(stop.number).name}{left}")
         return 128 + stop.number
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
