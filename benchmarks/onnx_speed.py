@@ -33,10 +33,14 @@ MODELS = {
 
 
 def rates(runs: dict[str, Callable[[], object]], images: int, repeats: int) -> dict[str, float]:
-    """Images a second of each run: the median over repeats, taken in turns, after one run to warm up."""
+    """Images a second of each run: the median over repeats, taken in turns, the second of two in a row.
+
+    During the first the other's threads come to rest, which wait for more work in a loop.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in list(runs.items())[:: 1 if repeat % 2 else -1]:
+            run()
             started = time.perf_counter()
             run()
             if repeat:
