@@ -47,6 +47,8 @@ def to_timm(model: VisionTransformer) -> nn.Module:
     """
     import timm
 
+    from vit.pretrained import ROTATION
+
     a, otherwise = model.architecture, "use --format onnx, or train from scratch with --model."
     if a["stem"] != "linear":
         raise CheckpointError(f"timm has no stem {a['stem']!r}: {otherwise}stem linear")
@@ -67,10 +69,10 @@ def to_timm(model: VisionTransformer) -> nn.Module:
             "use_rot_pos_emb": True,
             "attn_type": "rope",  # where keys have a bias too
             "rope_type": "dinov3",
-            "rope_temperature": 100,
-            "rope_grid_indexing": "ij",
-            "rope_grid_offset": 0,
-            "rope_rotate_half": True,
+            **{
+                f"rope_{name}": ROTATION[name]
+                for name in ("temperature", "grid_indexing", "grid_offset", "rotate_half")
+            },
         }
     else:
         more = {"pre_norm": a["pre_norm"], "fc_norm": fc_norm, "reg_tokens": model.num_registers, "act_layer": a["act"]}
