@@ -122,7 +122,7 @@ class Clock(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.file and trainer.is_global_zero:
-            Path(self.file).write_text(json.dumps(vars(self.speed)))
+            Path(self.file).write_text(json.dumps({"speed": vars(self.speed), "memory": peak_memory(self.device)}))
 
     @property
     def speed(self) -> Speed:
@@ -382,8 +382,16 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
-def one(config: str, dataset: str, setting: dict[str, int], file: str) -> float:
-    """Run the project at one setting, leave its speed in the file, and return the peak memory in GiB."""
+def peak_memory(device: torch.device) -> float:
+    """Of this process, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text()  # unlike getrusage it does not count what the parent held
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def one(config: str, dataset: str, setting: dict[str, int], file: str) -> None:
+    """Run the project at one setting and leave the speed and peak memory of its first process in the file."""
     quiet()
     keep_freed_memory()
     size, processes = setting["size"], setting["processes"]
@@ -394,10 +402,6 @@ def one(config: str, dataset: str, setting: dict[str, int], file: str) -> float:
     if processes > 1:
         cli.config.trainer["devices"], cli.config.trainer["strategy"] = processes, "ddp_spawn"
     under_lightning(cli, cli.model, file)
-    if device_of(cli).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status").read_text()  # unlike getrusage it does not count what the parent held
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def growth(config: str, dataset: str) -> list[dict[str, Any]]:
@@ -412,8 +416,9 @@ def growth(config: str, dataset: str) -> list[dict[str, Any]]:
         context = multiprocessing.get_context("spawn")
         with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=context) as process:
             file = str(Path(folder, "speed.json"))
-            memory = process.submit(one, config, dataset, setting, file).result()
-            speed = Speed(**json.loads(Path(file).read_text()))
+            process.submit(one, config, dataset, setting, file).result()
+            measured = json.loads(Path(file).read_text())
+        speed, memory = Speed(**measured["speed"]), measured["memory"]
         rows.append(setting | {"images/s": round(setting["batch"] / speed.seconds)})
         rows[-1] |= {"waiting for data": round(speed.waiting, 3), "peak memory (GiB)": round(memory, 2)}
     return rows

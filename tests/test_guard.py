@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 import train
 import vit.guard
@@ -260,6 +261,22 @@ def test_signal_saves_after_the_step(tmp_path, at_step, capfd, signum, code):
     assert last(tmp_path)["global_step"] == 3
     assert f"stopped by {signum.name} at step 3; {tmp_path / 'last.ckpt'} goes on from here" in capfd.readouterr().err
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_lightning_does_not_ask_for_signals_at_every_step(tmp_path, at_step, monkeypatch, capfd):
+    """Its question makes the host wait for the devices; one that it heard of before training is not forgotten."""
+
+    def asked(self: Any) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", asked)  # which has to be there
+    ask = lambda self, loss: self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor() or loss  # noqa: E731
+    at_step(1, ask)  # as it does where there are several processes
+    assert fit(tmp_path) == 0
+    told = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(Guard, "_check_start", told)
+    assert fit(tmp_path, "--guard.minutes=60") == 143
+    assert "stopped by SIGTERM at step 1" in capfd.readouterr().err
 
 
 def test_processes_that_would_begin_at_different_steps_do_not():

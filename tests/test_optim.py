@@ -4,12 +4,18 @@ import copy
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from timm.optim.muon import Muon
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.multiprocessing.spawn import spawn
 
 from vit.model import VisionTransformer
 from vit.optim import build_optimizer, learning_rate, parameter_groups
@@ -125,6 +131,33 @@ def test_muon_is_timms(model):
     mine, other = ours.state_dict(), theirs.state_dict()
     assert mine["param_groups"] == other["param_groups"]
     torch.testing.assert_close(mine["state"], other["state"], rtol=0, atol=0)
+
+
+def shared_out(rank: int, folder: Path) -> None:
+    """A process of two that hold a part of each matrix, of which neither the rows nor the parts are even."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    twin = VisionTransformer(image_size=8, patch_size=4, num_classes=3, embed_dim=15, depth=2, num_heads=1)
+    model, mesh = copy.deepcopy(twin), init_device_mesh("cpu", (2,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    ours, theirs = (build_optimizer(m, name="muon", **RATES) for m in (model, twin))
+    for _ in range(2):
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            other.grad = torch.randn_like(other)
+            mine.grad = distribute_tensor(other.grad, mesh, [Shard(0)])
+        theirs.step()
+        with CommDebugMode() as exchanged:
+            ours.step()
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.full_tensor(), other)  # type: ignore[attr-defined]
+    assert exchanged.get_total_counts() == len({p.shape for p in parameter_groups(twin)["hidden"]}) == 4
+    torch.distributed.destroy_process_group()
+
+
+def test_matrices_that_are_shared_out_are_turned_as_whole_ones(tmp_path):
+    spawn(shared_out, (tmp_path,), nprocs=2)
 
 
 def test_adamw_is_torchs(model):

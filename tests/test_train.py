@@ -275,10 +275,10 @@ def test_two_ranks_train_and_measure_as_one(tmp_path):
 def test_weights_shared_out_over_ranks_are_the_same_weights(tmp_path):
     """FSDP: an epoch on two processes, then one without it, against both on one process without it.
 
-    Without dropped paths, as ranks drop others; not with Muon, which exchanges a lot and is slow on a CPU.
+    Without dropped paths, as ranks drop others.
     """
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    same = ["--model.drop_path_rate=0", "--trainer.log_every_n_steps=1", "--model.optimizer=adamw"]
+    same = ["--model.drop_path_rate=0", "--trainer.log_every_n_steps=1"]
     ranks = [f"--config={ROOT / 'configs/fsdp.yaml'}", "--trainer.devices=2", "--data.batch_size=128"]
     start = ["fit", *TINY, *same, *ranks, "--trainer.max_epochs=1", f"--trainer.default_root_dir={shared}"]
     result = process(*start)

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vit.history import History
+from vit.optim import local
 from vit.saving import SaveError
 
 BAD_LOSS, BAD_GRADIENT, DUE, SIGNAL = 1, 2, 4, 8  # what a process tells the others: a sum; signals count from SIGNAL on
@@ -80,6 +80,10 @@ class Guard(Checkpoint):
             handled.append(signal.SIGUSR1)
         for signum in handled:
             signal.signal(signum, self._receive)
+        # At every step Lightning asks all processes if its handler of SIGTERM was called, and waits for the devices.
+        if trainer.received_sigterm:
+            self.received = signal.SIGTERM
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to exchange gradients of steps that do not belong together."""
@@ -132,8 +136,8 @@ class Guard(Checkpoint):
         due = time.monotonic() - self.saved >= max(60 * self.minutes, self.cost / SAVING)
         codes = code.new_zeros(trainer.world_size)
         codes[trainer.global_rank] = code + DUE * due + SIGNAL * self.received
-        codes = trainer.strategy.reduce(codes, reduce_op="sum")  # each number stays alone in its place
-        assert isinstance(codes, Tensor)
+        if trainer.world_size > 1:  # not by Lightning, which lets the host wait for all devices before
+            torch.distributed.all_reduce(codes)  # a sum, in which each number stays alone in its place
         event = torch.cuda.Event() if codes.is_cuda else None
         self.sent = trainer.global_step + 1, codes.to("cpu", non_blocking=True), event
         if event is not None:
@@ -237,11 +241,6 @@ def out_of_time(trainer: Trainer) -> bool:
         return False
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
     return trainer.strategy.broadcast(any((timer.time_remaining() or 1) <= 0 for timer in timers))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be shared out (FSDP)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def leave_children(trainer: Trainer) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from timm.optim.muon import _COEFFICIENTS, Muon, get_lr_scale, resolve_ns_coefficients, zeropower_via_newtonschulz
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import AdamW, Optimizer
 
 TOKENS = ("pos_embed", "cls_token", "reg_token")
@@ -53,15 +53,14 @@ class StackedMuon(Muon):
     """timm's Muon with Nesterov momentum, but all matrices of one shape are turned by the same products.
 
     One by one they are thirty small operations each, for which a GPU is waited for more than it computes. On a CPU the
-    numbers are timm's to the bit. Matrices that are shared out over processes (FSDP) are left to timm, whose other
-    options (``scale_eps``, ``safety_factor``, convolutions) are not looked at here.
+    numbers are timm's to the bit; its other options (``scale_eps``, ``safety_factor``, convolutions) are not looked at
+    here. Of matrices that are shared out over processes (FSDP) the momentum is too, and each process puts together, and
+    turns, all of them: one exchange a shape, where timm's products of what is shared out take sixteen a matrix.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step."""
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,15 +88,41 @@ class StackedMuon(Muon):
             for matrix in matrices:
                 if not self.state[matrix]:
                     self.state[matrix] = {"use_muon": True, "momentum_buffer": torch.zeros_like(matrix)}
-            momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-            gradients = [matrix.grad for matrix in matrices]
+            momenta = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+            gradients = [local(matrix.grad) for matrix in matrices]  # type: ignore[arg-type]
             foreach._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            ahead = foreach._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            turned = zeropower_via_newtonschulz(torch.stack(ahead), group["ns_steps"], coefficients, eps=group["eps"])
+            ahead = together(foreach._foreach_lerp(gradients, momenta, group["momentum"]), matrices[0])  # Nesterov's
+            turned = zeropower_via_newtonschulz(ahead, group["ns_steps"], coefficients, eps=group["eps"])
             turned = turned.to(matrices[0].dtype, memory_format=torch.contiguous_format)  # else added one by one
+            matrices, turned = [local(matrix) for matrix in matrices], own_part(turned, matrices[0])
             foreach._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             scale = group["lr"] * get_lr_scale(shape, group["adjust_lr_fn"])
             foreach._foreach_add_(matrices, turned.unbind(), alpha=-scale)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be shared out (FSDP)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def together(parts: list[Tensor], like: Tensor) -> Tensor:
+    """Stack matrices (n, rows, columns), of whose rows each process has those that it has of ``like``."""
+    stacked = torch.stack(parts)
+    if not isinstance(like, DTensor):
+        return stacked
+    shape = torch.Size((len(parts), *like.shape))
+    stride = (like.numel(), *like.stride())
+    return DTensor.from_local(
+        stacked, like.device_mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
+    ).full_tensor()
+
+
+def own_part(stacked: Tensor, like: Tensor) -> Tensor:
+    """What :func:`together` began with."""
+    if not isinstance(like, DTensor):
+        return stacked
+    whole = DTensor.from_local(stacked, like.device_mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[Shard(1)]).to_local()
 
 
 def build_optimizer(
