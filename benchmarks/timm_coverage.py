@@ -118,12 +118,15 @@ def smaller(name: str) -> dict[str, Any]:
 def page(rows: list[dict[str, Any]], refused: dict[str, list[str]]) -> str:
     """The tables as Markdown."""
     count = sum(map(len, refused.values()))
+    bare = sum(getattr(timm.get_pretrained_cfg(row["name"]), "num_classes", None) == 0 for row in rows)
     lines = [
         "# timm's vision transformers",
         "",
         f"Written by `python -m benchmarks.timm_coverage` with timm {timm.__version__}. Of the {len(rows) + count}",
-        f"vision transformers in its registry, ours can be **{len(rows)}**: `predict.py --checkpoint NAME` and",
-        "`--model.pretrained NAME`. The others are refused before anything is downloaded, with the reason below.",
+        f"vision transformers in its registry, ours can be **{len(rows)}**: `--model.pretrained NAME`, and where the",
+        f"weights have classes `predict.py --checkpoint NAME` (timm's usual ones of {bare} have none, DINO's and",
+        "SigLIP's among them: fine-tune those, or take their features: [pretrained.md](pretrained.md)). The others are",
+        "refused before anything is downloaded, with the reason below.",
         "",
         "Each was built with its own configuration and random weights, two blocks deep, those of more than 1,100",
         "patches on 32x32 of them. All weights load strictly.",

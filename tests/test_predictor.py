@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,36 @@ def test_what_is_no_image_is_told_what_is(predictor, given, named):
 def test_one_image_is_not_taken_for_many(predictor, one):
     with pytest.raises(ValueError, match="predict takes one"):
         next(predictor.predict_iter(one))
+
+    with pytest.raises(ValueError, match="predict takes one"):
+        next(predictor.features_iter(one))
+
+
+def test_features_are_what_the_head_classifies(predictor, tmp_path):
+    """In order, also behind failures, and of any model: the logits are a linear map of them."""
+    images, head = pictures(5), predictor.model.head
+    *found, failure = predictor.features_iter([*images, tmp_path / "missing.png"], batch_size=2)
+    for image, row in zip(images, found, strict=True):
+        scores = (head(torch.from_numpy(row)) / predictor.about.temperature).softmax(0)
+        torch.testing.assert_close(scores, by_hand(predictor, image), atol=1e-6, rtol=0)
+    assert str(failure) == f"{tmp_path}/missing.png: no such file"
+    predictor.model.norm.weight.data[0] = torch.nan
+    assert "no number" in str(next(predictor.features_iter(images)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "found"),
+    [
+        (torch.rand(2, 3, *SIZE), r"torch.float32 (2, 3, 16, 24)"),  # would be divided by 255 once more
+        (torch.zeros(2, 3, 32, 48, dtype=torch.uint8), r"torch.uint8 (2, 3, 32, 48)"),
+        (torch.zeros(3, *SIZE, dtype=torch.uint8), r"torch.uint8 (3, 16, 24)"),
+    ],
+)
+def test_pixels_of_another_kind_or_size_are_refused(predictor, pixels, found):
+    expected = re.escape(f"expected uint8 pixels ('B', 3, 16, 24), as preprocess.load makes them, got {found}")
+    for ask in (predictor.scores, predictor.features, lambda given: predictor.mapped(given, "rollout")):
+        with pytest.raises(ValueError, match=expected):
+            ask(pixels)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
@@ -323,8 +324,6 @@ def test_labels_that_a_timm_model_carries_twice_are_told_apart():
 
 
 def test_predictor_with_a_timm_folder_classifies_and_explains(tmp_path):
-    from PIL import Image
-
     predictor = Predictor.from_checkpoint(str(folder(tmp_path)), device="cpu")
     image = Image.linear_gradient("L").resize((50, 40))
     explanation = predictor.explain(image, target="owl")
@@ -332,9 +331,22 @@ def test_predictor_with_a_timm_folder_classifies_and_explains(tmp_path):
     assert explanation.grid.shape == (4, 4)
 
 
-def test_predictor_refuses_a_backbone(tmp_path):
-    with pytest.raises(CheckpointError, match="a backbone without classes"):
-        Predictor.from_checkpoint(str(folder(tmp_path, num_classes=0)), device="cpu")
+def test_of_a_backbone_there_are_features_and_maps_but_no_classes(tmp_path):
+    path = str(folder(tmp_path, num_classes=0))
+    predictor, theirs = (
+        Predictor.from_checkpoint(path, device="cpu"),
+        timm.create_model(f"local-dir:{path}", pretrained=True),
+    )
+    image = Image.linear_gradient("L").resize((50, 40))
+    pixels = predictor.preprocess.load(image)[None]
+    with torch.no_grad():
+        expected = theirs(predictor.normalized(pixels))[0]
+    (found,) = predictor.features_iter([image])
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-6)
+    assert predictor.mapped(pixels, "rollout")[1].sum() == pytest.approx(1, abs=1e-5)
+    for ask in (predictor.predict, predictor.explain):
+        with pytest.raises(ValueError, match=f"{path}: a backbone without classes; fine-tune it with --model.pretrain"):
+            ask(image)
 
 
 # Fitting to new data --------------------------------------------------------------------------------------------------

@@ -84,6 +84,22 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert picture.width >= width
 
 
+def test_a_probe_of_features(cifar10_jpeg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example that stands by itself, on 40 images of two classes."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pretrained.md").read_text(), re.S)
+    (example,) = (text for text in examples if "features_iter" in text)
+    for kind in ("cat", "ship"):
+        (tmp_path / "FOLDER" / kind).mkdir(parents=True)
+        for path in sorted((cifar10_jpeg / "test" / kind).glob("*.jpg"))[1:21]:
+            shutil.copy(path, tmp_path / "FOLDER" / kind)
+    shutil.copy(cifar10_jpeg / "test/ship/0000.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["probe"].predict(list(names["predictor"].features_iter(["photo.jpg"]))).tolist() == ["ship"]
+    assert names["probe"].score(names["features"], [path.parent.name for path in names["paths"]]) == 1
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_training_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.S)

@@ -526,13 +526,17 @@ class VisionTransformer(nn.Module):
         """How many tokens, the first, the head reads; none for all. The last block need not compute the others."""
         return 1 if self.pool == "token" else None
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) from the tokens after the last block and ``norm``, all or those the head reads."""
-        pooled = x[:, 0] if self.pool == "token" else x[:, self.num_prefix_tokens :].mean(1)
-        return self.head(self.fc_norm(pooled))
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) from the tokens after the last block and ``norm``, all or those the head reads.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalised images (B, in_chans, H, W).
+        With ``pre_logits`` what the head makes them of, (B, embed_dim).
+        """
+        pooled = x[:, 0] if self.pool == "token" else x[:, self.num_prefix_tokens :].mean(1)
+        pooled = self.fc_norm(pooled)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, images: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) of normalised images (B, in_chans, H, W); with ``pre_logits`` (B, embed_dim).
 
         H and W may differ from ``image_size`` if they are multiples of the patch size: the position embedding is
         resampled.
@@ -541,7 +545,7 @@ class VisionTransformer(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, turns)
-        return self.forward_head(self.norm(last(x, turns, self.num_read)))
+        return self.forward_head(self.norm(last(x, turns, self.num_read)), pre_logits)
 
     def forward_attention(self, images: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and what ``keep`` makes of each block's attention weights (B, h, N, N), first block first.

@@ -30,6 +30,7 @@ from vit.visualize import enlarged, overlay
 
 File = str | Path | IO[bytes] | Image.Image
 Source = File | np.ndarray
+Decoded = tuple[Sequence[Source | Unreadable], list[ImageError | None], Tensor | None]
 Precision = Literal["auto", "float32", "bfloat16"]
 T = TypeVar("T")
 
@@ -194,8 +195,8 @@ class Predictor:
             precision: As for the class.
 
         Raises:
-            CheckpointError: If there is no such thing, it is no checkpoint, it has no classes, or our model cannot
-                compute what it computes.
+            CheckpointError: If there is no such thing, it is no checkpoint, or our model cannot compute what it
+                computes.
         """
         if path is not None and not str(path):
             raise CheckpointError("the checkpoint has an empty name; leave it out for the CIFAR-10 weights")
@@ -206,9 +207,6 @@ class Predictor:
             from vit.pretrained import load_pretrained  # which takes seconds to import
 
             model, about = load_pretrained(path)
-            if not about.class_names:
-                hint = f"fine-tune it with --model.pretrained {path}"
-                raise CheckpointError(f"{path}: a backbone without classes; {hint}")
         else:
             model, about = load_checkpoint(path)
         try:
@@ -251,9 +249,33 @@ class Predictor:
             ValueError: If it is given one image, whose letters, lines or rows it would take for images, or a
                 ``batch_size`` below 1.
         """
+        for batch in self.classify(self._batches(images, batch_size, workers), workers=workers):
+            rows = iter(batch.scores)
+            for source, error in zip(batch.sources, batch.errors, strict=True):
+                yield self.prediction(next(rows)) if error is None else _named(source, error)
+
+    def features_iter(
+        self, images: Iterable[Source], *, batch_size: int | None = None, workers: int | None = None
+    ) -> Iterator[np.ndarray | ImageError]:
+        """What the head makes its classes of, (embed_dim,) float32, for each image: for neighbours, or a linear probe.
+
+        Needs no classes, so a backbone of timm's will do. Arguments, errors and what is raised as for
+        ``predict_iter``.
+        """
+        for sources, errors, pixels in self._decoded(self._batches(images, batch_size, workers), workers):
+            rows = iter(() if pixels is None else self.features(pixels).numpy())
+            for source, error in zip(sources, errors, strict=True):
+                if error is None and np.isfinite(row := next(rows)).all():
+                    yield row
+                else:
+                    yield _named(source, error or ImageError(NO_NUMBER))
+
+    def _batches(
+        self, images: Iterable[Source], batch_size: int | None, workers: int | None
+    ) -> Iterator[list[Source | Unreadable]]:
         one = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
         if one or (isinstance(images, np.ndarray) and is_picture(images)):
-            raise ValueError("predict_iter takes many images, in a list or the like; predict takes one")
+            raise ValueError("predict_iter and features_iter take many images, in a list, say; predict takes one")
         given: Iterable[Source | Unreadable] = (
             images if isinstance(images, Sequence | np.ndarray) else map(kept, images)
         )
@@ -261,10 +283,7 @@ class Predictor:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
         if workers is not None and workers < 1:
             raise ValueError(f"workers is {workers}, it must be at least 1")
-        for batch in self.classify(batches(given, batch_size or self.batch_size), workers=workers):
-            rows = iter(batch.scores)
-            for source, error in zip(batch.sources, batch.errors, strict=True):
-                yield self.prediction(next(rows)) if error is None else _named(source, error)
+        return batches(given, batch_size or self.batch_size)
 
     def explain(
         self, image: Source, target: str | None = None, method: str | None = None, *, against: str | None = None
@@ -312,8 +331,11 @@ class Predictor:
             against: Class to set it against; none for no other.
 
         Raises:
-            ValueError: If there is no such class, or it is set against itself.
+            ValueError: If there is no such class, or it is set against itself, or there are no classes at all.
         """
+        if not self.class_names:
+            name = self.name or "this"
+            raise ValueError(f"{name}: a backbone without classes; fine-tune it with --model.pretrained {name}")
         numbers = self._number(target), self._number(against)
         if target is not None and numbers[0] == numbers[1]:
             raise ValueError(f"target and against are both {target!r}; a class can only be set against another one")
@@ -367,6 +389,17 @@ class Predictor:
         if score_maps and method is None:
             raise ValueError("score_maps measures maps: name the method that makes them")
         numbers = self.numbers(target, against)
+
+        def compute(decoded: Decoded) -> Batch:
+            return self._compute(*decoded, method, *numbers, score_maps)
+
+        yield from map(compute, self._decoded(batches, workers))
+
+    def _decoded(self, batches: Iterable[Sequence[Source | Unreadable]], workers: int | None) -> Iterator[Decoded]:
+        """The sources of each batch, why some are no images, and the pixels of the others.
+
+        Nothing here keeps what was given; the next batches are decoded meanwhile.
+        """
         pool = ThreadPoolExecutor(workers or min(32, usable_cores()), thread_name_prefix="decode")
         waiting: deque[tuple[Sequence[Source | Unreadable], list[Future[Tensor | ImageError]]]] = deque()
         given, failure = iter(batches), None  # failure: what ended them before their end
@@ -379,9 +412,9 @@ class Predictor:
                     break
                 waiting.append((sources, [pool.submit(self._decode, source) for source in sources]))
                 if len(waiting) > (AHEAD if len(sources) > 1 else 0):
-                    yield self._compute(*waiting.popleft(), method, *numbers, score_maps)
+                    yield collected(*waiting.popleft())
             while waiting:
-                yield self._compute(*waiting.popleft(), method, *numbers, score_maps)
+                yield collected(*waiting.popleft())
             if failure is not None:
                 raise failure
         finally:
@@ -401,18 +434,15 @@ class Predictor:
     def _compute(
         self,
         sources: Sequence[Source | Unreadable],
-        decoded: list[Future[Tensor | ImageError]],
+        errors: list[ImageError | None],
+        pixels: Tensor | None,
         method: str | None,
         target: int | None,
         against: int | None,
         score_maps: bool,
     ) -> Batch:
-        results = [future.result() for future in decoded]
-        errors = [result if isinstance(result, ImageError) else None for result in results]
-        images = [result for result in results if isinstance(result, Tensor)]
-        if not images:
+        if pixels is None:
             return Batch(sources, errors, torch.empty(0, len(self.class_names)))
-        pixels = torch.stack(images)
         if method is None:
             return self._checked(sources, errors, self.scores(pixels))
         scores, grids = self.mapped(pixels, method, target, against)
@@ -420,6 +450,12 @@ class Predictor:
         return self._checked(
             sources, errors, scores, grids, self.map_scores(pixels, grids, about) if score_maps else None
         )
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the head makes its logits of (B, embed_dim), on the CPU in float32, of uint8 pixels (B, C, H, W)."""
+        with self._autocast():
+            return self.model(self.normalized(pixels), pre_logits=True).float().cpu()
 
     def map_scores(self, pixels: Tensor, grids: Tensor, target: Tensor) -> Tensor:
         """How far each map can be trusted (B,): insertion less deletion, in [-1, 1]; 0 is chance (vit/faithfulness.py).
@@ -505,7 +541,15 @@ class Predictor:
         return self.probabilities(logits), grids.cpu()
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """What the model takes, on its device, of uint8 pixels (B, C, H, W)."""
+        """What the model takes, on its device, of uint8 pixels (B, C, H, W).
+
+        Raises:
+            ValueError: If they are no such pixels, or of another size than the model's.
+        """
+        expected = (self.model.in_chans, *self.preprocess.image_size)
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
+            found = f"{pixels.dtype} {tuple(pixels.shape)}"
+            raise ValueError(f"expected uint8 pixels {('B', *expected)}, as preprocess.load makes them, got {found}")
         if self.device.type == "cuda":  # pinned memory goes over while the device computes
             pixels = pixels.pin_memory()
         return self.preprocess.normalize(pixels.to(self.device, non_blocking=True))
@@ -518,6 +562,14 @@ class Predictor:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def collected(sources: Sequence[Source | Unreadable], decoded: list[Future[Tensor | ImageError]]) -> Decoded:
+    """What was decoded of a batch, when it is."""
+    results = [future.result() for future in decoded]
+    images = [result for result in results if isinstance(result, Tensor)]
+    errors = [result if isinstance(result, ImageError) else None for result in results]
+    return sources, errors, torch.stack(images) if images else None
 
 
 def subject(target: str, against: str | None) -> str:
