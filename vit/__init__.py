@@ -1,4 +1,4 @@
-"""A vision transformer that can be trained, asked and looked into."""
+"""A vision transformer that can be trained, used and looked into."""
 
 from typing import TYPE_CHECKING, Any
 
