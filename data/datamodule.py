@@ -265,6 +265,9 @@ class ImageDataModule(LightningDataModule):
         _ = self.source  # downloads and decodes; one process a node does, and the others find it done
 
     def setup(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self.resumed = 0  # until its checkpoint, if there is one, is restored
+            vars(self).pop("preprocess", None)  # which an earlier one may have brought
         if self.trainer is not None:
             self.device = self.trainer.strategy.root_device
             if self.trainer.world_size > 1:  # Lightning's default: it would share out once more what is shared out
@@ -327,8 +330,9 @@ class ImageDataModule(LightningDataModule):
         return {"steps": steps, "dataset": self.dataset, "validation": self.held_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.resumed = state_dict["steps"]
         before, trainer = state_dict.get("validation"), self.trainer
+        if trainer is not None and trainer.state.fn == "fit":  # and not a measurement, which a training may follow
+            self.resumed = state_dict["steps"]
         if before is None or trainer is None or trainer.state.fn == "test":
             return
         if state_dict["dataset"].rstrip("/") != self.dataset.rstrip("/"):

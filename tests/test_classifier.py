@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from data.datamodule import Batch
+from data.datamodule import Batch, ImageDataModule
 from vit.calibration import Temperature
 from vit.checkpoint import load_checkpoint
 from vit.classifier import BalancedAccuracy, ViTClassifier, compiled, compiler_fault, device_name
@@ -384,6 +384,34 @@ def test_checkpoint_gives_the_same_model_and_says_what_it_is(saved):
     assert about.metrics.keys() == {"val/acc", "val/acc5", "val/balanced_acc", "val/ece", "val/loss"}
     assert (about.training["steps"], about.training["devices"]) == (1, 1)
     assert about.training["torch"] == str(torch.__version__)
+
+
+@pytest.mark.parametrize("measured", ["model", "data"])
+def test_a_training_behind_a_measurement_begins_at_its_own_beginning(tmp_path, measured):
+    """Whether it is of the model or with the data module to which the checkpoint was given."""
+
+    class Recorder(ViTClassifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+            seen.append((batch.epoch, batch.indices[0].item()))
+            return super().training_step(batch, batch_idx)
+
+    seen: list[tuple[int, int]] = []
+    facts = {"class_names": tuple("0123456789"), "mean": (0.3,), "std": (0.4,)}
+    images = ImageDataModule(dataset="digits", batch_size=400)
+    model = classifier(Recorder, **facts)
+    (run := trainer(tmp_path, max_epochs=2, limit_val_batches=0)).fit(model, images)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    whole = seen.copy()
+    run.test(model, images, ckpt_path=tmp_path / "run.ckpt", weights_only=True, verbose=False)
+    seen.clear()
+    if measured == "data":
+        trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(classifier(Recorder, **facts), images)
+        assert seen == whole
+        assert images.preprocess.mean == tuple(images.mean)
+    else:
+        images = ImageDataModule(dataset="digits", batch_size=200)
+        trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, images)
+        assert len(seen) == 6
 
 
 @pytest.mark.parametrize(

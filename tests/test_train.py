@@ -410,7 +410,7 @@ def test_a_run_from_pretrained_weights_needs_them_once(fitted, tmp_path, capfd):
     """They may be gone when it is measured; and a run that moves them away could not go on."""
     base, root = tmp_path / "base.ckpt", tmp_path / "run"
     shutil.copy(fitted / "best.ckpt", base)
-    tuned = [*FINETUNE, f"--trainer.default_root_dir={root}", "--trainer.max_epochs=1"]
+    tuned = [*FINETUNE, f"--trainer.default_root_dir={root}", "--trainer.max_epochs=1", "--model.drop_path_rate=0.1"]
     assert train.main(["fit", *tuned, f"--model.pretrained={base}"]) == 0
     config = yaml.safe_load((root / "config.yaml").read_text())["model"]
     assert config["pretrained"] == str(base)

@@ -103,7 +103,7 @@ class ViTClassifier(LightningModule):
             raise ValueError(f"model.layer_decay must be in (0, 1], got {layer_decay}")
         self.pretrained, self.adapted = pretrained, []
         self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
-        self.resumed = False  # whether these are the weights of a checkpoint
+        self.resumed = False  # whether this training goes on from a checkpoint
         self.measured = False  # whether it holds the best of weights that were validated
         size = pair(image_size)
         if pretrained is None:
@@ -183,6 +183,10 @@ class ViTClassifier(LightningModule):
                 f"{self.pretrained}: predict.py sees of an image {cut}; here it is all of it, bicubic", file=sys.stderr
             )
         return self.preprocess
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # whose checkpoint, if there is one, is restored later
+            self.resumed, self.minutes = False, 0.0
 
     def configure_model(self) -> None:
         """Share the weights out over the processes, block by block, where the strategy asks for it (FSDP)."""
@@ -373,7 +377,7 @@ class ViTClassifier(LightningModule):
             name: p.default for name, p in signature(VisionTransformer).parameters.items()
         }  # older files lack some
         for name, value in {**before, **theirs["architecture"]}.items():
-            if ours[name] != value:
+            if name != "drop_path_rate" and ours[name] != value:  # which has no weights: a matter of this training
                 raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
         if (white := theirs["preprocess"].get("white")) != self.preprocess.white:
             raise ValueError(f"the checkpoint's images have data.white {white}, these {self.preprocess.white}")
@@ -381,13 +385,14 @@ class ViTClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         theirs = checkpoint["vit"]
         self.refuse_other(theirs)
-        self.minutes, self.resumed = theirs["training"]["minutes"], True
-        self.steps_an_epoch = checkpoint.get("steps_an_epoch")  # older files lack it
         # The weights belong to their preprocessing, whatever the mean and deviation of the images that come now.
         self.preprocess = Preprocess(**theirs["preprocess"])
         trainer = self._trainer
         if trainer is None:  # load_from_checkpoint
             return
+        if trainer.state.fn == "fit":  # and not a measurement, which a training of its own may follow
+            self.minutes, self.resumed = theirs["training"]["minutes"], True
+            self.steps_an_epoch = checkpoint.get("steps_an_epoch")  # older files lack it
         if data := getattr(trainer, "datamodule", None):
             data.preprocess = self.preprocess
         for state in checkpoint.get("callbacks", {}).values():
