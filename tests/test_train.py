@@ -933,6 +933,14 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "precision": (["--trainer.precision=fp99"], "trainer.precision cannot be fp99; give 16, 16-mixed, 16-true"),
         "all in less": (["--trainer.precision=bf16-true"], "trainer.precision bf16-true: the weights stay in float32"),
         "not measured": (["--checkpoint.monitor=val_acc"], "checkpoint: monitor val_acc is not measured; give one of"),
+        "of one batch": (
+            ["--checkpoint.monitor=train/loss"],
+            "checkpoint: monitor train/loss is of the last batch alone, as it was augmented; give val/loss",
+        ),
+        "of one batch too": (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss"],
+            "EarlyStopping: monitor train/loss is of the last batch alone",
+        ),
         "the worst": (
             ["--checkpoint.mode=max"],
             "checkpoint: mode max takes the worst val/loss for the best; give mode",

@@ -39,7 +39,7 @@ COMMANDS = {
     "test": "measure a checkpoint on the test images, class by class",
 }
 MEASURED = {  # what can be monitored, and which way it is better
-    **dict.fromkeys(("train/loss", "val/loss", "val/ece"), "min"),
+    **dict.fromkeys(("val/loss", "val/ece"), "min"),
     **dict.fromkeys(("val/acc", "val/balanced_acc", "val/acc5"), "max"),
 }
 TITLES = {  # of --help
@@ -446,6 +446,8 @@ def check_monitor(name: str, options: Any) -> None:
     monitor, mode = options.get("monitor"), options.get("mode")
     if monitor is None:
         return
+    if monitor == "train/loss":
+        raise ValueError(f"{name}: monitor train/loss is of the last batch alone, as it was augmented; give val/loss")
     if monitor not in MEASURED:
         raise ValueError(f"{name}: monitor {monitor} is not measured; give one of {', '.join(MEASURED)}")
     if mode not in (None, MEASURED[monitor]):
