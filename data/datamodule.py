@@ -127,11 +127,29 @@ class EvalOrder(Sampler[Draw]):
 
     All have as many batches, the last one of some perhaps empty: where weights are shared out (FSDP), a rank that has
     one more would wait for the others for ever.
+
+    Args:
+        size: Images in the split.
+        batch_size: Largest number of images in a batch of one rank.
+        rank: This process.
+        world_size: Number of processes.
+        mixed: In an order drawn once and for all: for the first batches alone, which would be of the first classes.
+        device: Where the images are.
     """
 
-    def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int, device: torch.device = CPU):
+    def __init__(
+        self,
+        *,
+        size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        mixed: bool = False,
+        device: torch.device = CPU,
+    ):
         count = max(1, -(-size // (world_size * batch_size)))
-        chunks = torch.arange(size, device=device)[rank::world_size].split(batch_size)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0)) if mixed else torch.arange(size)
+        chunks = order.to(device)[rank::world_size].split(batch_size)
         self.chunks = (*chunks, *[chunks[0][:0]] * (count - len(chunks)))
 
     def __len__(self) -> int:
@@ -375,21 +393,23 @@ class ImageDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.val is None and (self.trainer is None or self.trainer.state.fn != "fit"):
             raise DataError(f"{self.dataset}: has no validation images, and data.val_fraction 0 holds none out")
-        return [] if self.val is None else self._eval_loader(self.val)
+        return [] if self.val is None else self._eval_loader(self.val, "limit_val_batches")
 
     def test_dataloader(self) -> DataLoader:
         if self.test is None:
             raise DataError(
                 f"{self.dataset}: has no test images; put class folders into train/ and test/, or use `validate`"
             )
-        return self._eval_loader(self.test)
+        return self._eval_loader(self.test, "limit_test_batches")
 
-    def _eval_loader(self, dataset: SplitDataset | StreamDataset) -> DataLoader:
+    def _eval_loader(self, dataset: SplitDataset | StreamDataset, limited_by: str) -> DataLoader:
         places = {"size": len(dataset), "batch_size": 2 * self.batch_size, **self._rank()}
         if isinstance(dataset, StreamDataset):
             return self._loader(dataset, StreamOrder(**places, workers=self.workers, position=lambda: (0, 0)))
         dataset = self.near(dataset)
-        return self._loader(dataset, EvalOrder(**places, device=dataset.device))
+        limit = getattr(self.trainer, limited_by, 1.0)  # a number of batches, or the share of them
+        mixed = isinstance(limit, int) or limit < 1
+        return self._loader(dataset, EvalOrder(**places, mixed=mixed, device=dataset.device))
 
     def _rank(self) -> dict[str, int]:
         trainer = self.trainer

@@ -226,6 +226,26 @@ def test_evaluation_sees_every_image_once(size, world_size):
     assert len({len(made) for made in orders}) == 1  # ranks that share out weights (FSDP) go on together
 
 
+@pytest.mark.parametrize(("limit", "classes"), [(1, {0, 1}), (0.5, {0, 1}), (1.0, {0})])
+def test_a_part_of_the_batches_is_of_all_classes(limit, classes, folder, tmp_path):
+    """Always the same part, for every number of ranks; the whole is in the order of the files."""
+    module = ImageDataModule(dataset=str(folder), root=str(tmp_path / "cache"), val_fraction=0.4, batch_size=3)
+    module.setup()
+    seen = []
+    for ranks in (1, 2):
+        module.batch_size = 2 // ranks
+        loaders = []
+        for rank in range(ranks):
+            trainer = SimpleNamespace(global_rank=rank, world_size=ranks, limit_val_batches=limit)
+            module.trainer = trainer  # type: ignore[assignment]
+            loaders.append(module.val_dataloader())
+        first: list[Batch] = [next(iter(loader)) for loader in loaders]
+        seen.append({index for batch in first for index in batch.indices.tolist()})
+        assert {label for batch in first for label in batch.labels.tolist()} == classes
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 4
+
+
 def test_loaders_cover_the_splits(digits):
     for loader, split in ((digits.val_dataloader(), digits.val), (digits.test_dataloader(), digits.test)):
         batches = list(loader)
