@@ -348,14 +348,20 @@ class ImageDataModule(LightningDataModule):
         return {"steps": steps, "dataset": self.dataset, "validation": self.held_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before, trainer = state_dict.get("validation"), self.trainer
-        if trainer is not None and trainer.state.fn == "fit":  # and not a measurement, which a training may follow
+        stage = self.trainer.state.fn if self.trainer else None
+        if stage == "fit":  # and not a measurement, which a training may follow
             self.resumed = state_dict["steps"]
-        if before is None or trainer is None or trainer.state.fn == "test":
-            return
-        if state_dict["dataset"].rstrip("/") != self.dataset.rstrip("/"):
-            return
-        if before != self.held_out:
+        if stage != "test":
+            self.compare_held_out(state_dict)
+
+    def compare_held_out(self, before: dict[str, Any]) -> None:
+        """Say so where a model was trained on images that validate now.
+
+        Args:
+            before: Of its training: ``dataset`` and ``validation``, what was held out then; older files lack that.
+        """
+        same = str(before.get("dataset")).rstrip("/") == self.dataset.rstrip("/") and "validation" in before
+        if same and self.held_out not in (None, before["validation"]):
             say_once(
                 f"{self.dataset}: other images are held out than before, as the data or data.val_fraction changed; the "
                 "model has trained on some of them, and validation finds it better than it is"

@@ -749,6 +749,13 @@ def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, ca
         capfd.readouterr()
         assert run(command, tmp_path, "--ckpt_path=last", f"--data.val_fraction={option}") == 0
         assert (held_out in capfd.readouterr().err) == said, (command, option)
+    short, start = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"], tmp_path / "model.safetensors"
+    cases = [("fit", "0.1", False), ("fit", "0.5", True), ("fit", "0", False), ("validate", "0.5", True)]
+    for command, option, said in cases:
+        data.cache.say_once.cache_clear()
+        more = [*(short if command == "fit" else ()), f"--data.val_fraction={option}"]
+        assert run(command, tmp_path / "other", f"--model.pretrained={start}", *more) == 0
+        assert (held_out in capfd.readouterr().err) == said, (command, option)
 
 
 def test_a_run_goes_on_in_another_folder_and_what_was_there_is_put_aside(tmp_path, monkeypatch, capfd):

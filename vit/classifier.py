@@ -187,6 +187,11 @@ class ViTClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":  # whose checkpoint, if there is one, is restored later
             self.resumed, self.minutes = False, 0.0
+        # Weights of ours from elsewhere, that may have seen what is held out here: a checkpoint's state says it itself.
+        compare = getattr(getattr(self.trainer, "datamodule", None), "compare_held_out", None)
+        started = self.pretrained and os.path.exists(self.pretrained) and self.trainer.ckpt_path is None
+        if compare and started and stage != "test":
+            compare(load_pretrained(self.pretrained)[1].training)
 
     def configure_model(self) -> None:
         """Share the weights out over the processes, block by block, where the strategy asks for it (FSDP)."""
@@ -335,7 +340,7 @@ class ViTClassifier(LightningModule):
 
     def about(self) -> Checkpoint:
         """The description that goes with the present weights."""
-        trainer = self.trainer
+        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         return Checkpoint(
             architecture=self.vit.architecture,
@@ -345,7 +350,8 @@ class ViTClassifier(LightningModule):
             metrics=metrics,
             training=({"pretrained": self.pretrained} if self.pretrained else {})
             | {
-                "dataset": str(getattr(getattr(trainer, "datamodule", None), "dataset", "")),
+                "dataset": str(getattr(data, "dataset", "")),
+                "validation": getattr(data, "held_out", None),  # which images, so that a later training knows
                 "epochs": trainer.current_epoch + 1,
                 "steps": self.global_step,
                 "minutes": round(self.minutes + (time.monotonic() - self.started) / 60, 2),

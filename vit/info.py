@@ -60,7 +60,7 @@ def facts(model: VisionTransformer, about: Checkpoint) -> dict[str, dict[str, An
             "temperature": f"{about.temperature:.4g}",
         },
         "metrics": {name: f"{value:.4g}{uncalibrated(name, about)}" for name, value in about.metrics.items()},
-        "training": about.training,
+        "training": {name: value for name, value in about.training.items() if value is not None},
     }
     return {name: section for name, section in sections.items() if section}
 
