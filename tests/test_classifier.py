@@ -14,6 +14,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from sklearn import metrics
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from data.datamodule import Batch, ImageDataModule
@@ -295,11 +297,44 @@ def test_validation_measures_what_scikit_learn_does(tmp_path, measured, size):
 
 def test_a_class_without_images_does_not_count():
     named, labels = torch.tensor([0, 2, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 1])
-    metric = BalancedAccuracy(4, average="macro")
+    metric = BalancedAccuracy(4)
     metric.update(torch.nn.functional.one_hot(named, 4).float(), labels)
     with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
         wanted = metrics.balanced_accuracy_score(labels, named)
     assert metric.compute().item() == pytest.approx(wanted)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_many_classes_take_no_table_of_pairs(deterministic):
+    """Neither for a batch nor, where sums are made in a fixed order, for each image."""
+    names = tuple(map(str, range(300)))
+    model, batch = classifier(class_names=names), batch_of(8)
+    scores = logits_of(model, batch.images).softmax(-1)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with Largest() as largest:
+            model.val_metrics.update(scores, batch.labels)
+            found = model.val_metrics.compute()
+            assert largest.numbers < 10 * len(names)
+            assert model.confusion_matrix is not None
+            model.confusion_matrix.update(batch.labels, batch.labels)
+            assert largest.numbers == len(names) ** 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0 <= found["val/balanced_acc"] <= 1
+    assert model.confusion_matrix.compute().diagonal().sum() == 8
 
 
 def test_test_measures_calibrated_probabilities_too(tmp_path, measured):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from vit.calibration import Temperature
 from vit.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
@@ -140,7 +140,7 @@ class ViTClassifier(LightningModule):
         self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
         self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15, validate_args=False)
         few = len(class_names) <= MOST_TABLED
-        self.confusion_matrix = MulticlassConfusionMatrix(len(class_names), validate_args=False) if few else None
+        self.confusion_matrix = ConfusionMatrix(len(class_names)) if few else None
         self.confusion: Tensor | None = None  # of the last measurement: images of each class (row) given each class
         self.fit_temperature = Temperature()
         self.register_buffer("temperature", torch.tensor(1.0))
@@ -152,7 +152,7 @@ class ViTClassifier(LightningModule):
         # Without their checks, each of which would wait for the GPU; the loss has seen the labels before.
         metrics: dict[str, Metric] = {
             "acc": MulticlassAccuracy(classes, average="micro", validate_args=False),
-            "balanced_acc": BalancedAccuracy(classes, average="macro", validate_args=False),
+            "balanced_acc": BalancedAccuracy(classes),
             "ece": MulticlassCalibrationError(classes, n_bins=15, validate_args=False),
         }
         if classes > 5:
@@ -419,15 +419,54 @@ class ViTClassifier(LightningModule):
         self.exported = path, about
 
 
-class BalancedAccuracy(MulticlassAccuracy):
+class BalancedAccuracy(Metric):
     """Mean over the classes that have images of the share that is recognised, as scikit-learn's balanced accuracy.
 
-    torchmetrics counts a class without images as 0 as soon as an image is taken for it.
+    torchmetrics counts a class without images as 0 as soon as an image is taken for it, and needs a table of all pairs
+    of classes for each batch, or even for each image.
+
+    Args:
+        classes: Their number.
     """
 
+    found: Tensor  # images of each class that are recognised
+    of: Tensor  # images of each class
+
+    def __init__(self, classes: int):
+        super().__init__()
+        for name in ("found", "of"):
+            self.add_state(name, torch.zeros(classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, labels: Tensor) -> None:
+        """Count a batch: scores (B, classes), class numbers (B,)."""
+        right = scores.argmax(-1) == labels
+        self.found = self.found.index_add(0, labels, right.long())
+        self.of = self.of.index_add(0, labels, torch.ones_like(labels))
+
     def compute(self) -> Tensor:
-        found, of = self.tp, self.tp + self.fn  # type: ignore[operator]
-        return (found[of > 0] / of[of > 0]).mean()  # type: ignore[index]
+        return (self.found / self.of)[self.of > 0].mean()
+
+
+class ConfusionMatrix(Metric):
+    """Images of each class (row) that were taken for each class (classes, classes).
+
+    Args:
+        classes: Their number.
+    """
+
+    counts: Tensor  # (classes * classes,)
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+        self.add_state("counts", torch.zeros(classes * classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, named: Tensor, labels: Tensor) -> None:
+        """Count a batch: the class that each image was taken for, and its own, numbers (B,)."""
+        self.counts = self.counts.index_add(0, labels * self.classes + named, torch.ones_like(labels))
+
+    def compute(self) -> Tensor:
+        return self.counts.view(self.classes, self.classes)
 
 
 def relocate(state: dict[str, Any], root: Path) -> None:
