@@ -97,6 +97,7 @@ def test_metrics_are_written_down(fitted):
     assert len(measured) == 2
     _, about = load_checkpoint(fitted / "best.ckpt")
     assert about.metrics["val/acc"] == pytest.approx(max(measured), abs=1e-6)
+    assert load_checkpoint(fitted / "last.ckpt")[1].metrics["val/acc"] == pytest.approx(measured[-1], abs=1e-6)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 10
     assert losses[-1] < losses[0]
@@ -812,7 +813,10 @@ def test_checkpoints_of_one_s_own_do_not_become_the_best(tmp_path, monkeypatch):
     ids=["within an epoch", "at its end", "within a step"],
 )
 def test_out_of_time_is_not_done(batches, accumulate, steps, tmp_path, monkeypatch):
-    """A run that ``trainer.max_time`` ended goes on to what it would have been."""
+    """A run that ``trainer.max_time`` ended goes on to what it would have been.
+
+    What is kept of it are the last weights where none are to be chosen, and with figures that are theirs alone.
+    """
 
     def check(timer: Timer, trainer: Any) -> None:
         timer.left = 1.0 if trainer.fit_loop.epoch_loop.total_batch_idx + 1 < batches else -1.0  # type: ignore[attr-defined]
@@ -821,9 +825,11 @@ def test_out_of_time_is_not_done(batches, accumulate, steps, tmp_path, monkeypat
     monkeypatch.setattr(Timer, "_check_time_remaining", check)
     monkeypatch.setattr(Timer, "time_remaining", lambda timer, stage=None: getattr(timer, "left", 1.0))
     parted, whole = tmp_path / "parted", tmp_path / "whole"
-    options = ["--trainer.max_epochs=3", f"--trainer.accumulate_grad_batches={accumulate}"]
+    options = ["--trainer.max_epochs=3", f"--trainer.accumulate_grad_batches={accumulate}", "--checkpoint.monitor=null"]
     assert run("fit", parted, *options, "--trainer.max_time=00:01:00:00") == 0
     assert torch.load(parted / "last.ckpt", weights_only=True)["global_step"] == steps
+    about = load_checkpoint(parted / "model.safetensors")[1]
+    assert (about.training["steps"], bool(about.metrics)) == (steps, steps == 10)
     for root in (parted, whole):
         assert run("fit", root, *options, "--ckpt_path=last") == 0
     first, second = weights(parted / "last.ckpt"), weights(whole / "last.ckpt")

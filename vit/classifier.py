@@ -105,6 +105,7 @@ class ViTClassifier(LightningModule):
         self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
         self.resumed = False  # whether this training goes on from a checkpoint
         self.measured = False  # whether it holds the best of weights that were validated
+        self.validated: int | None = None  # step of the weights that were validated last
         size = pair(image_size)
         if pretrained is None:
             self.vit = VisionTransformer(image_size=size, in_chans=len(mean), num_classes=len(class_names), **vit)
@@ -186,7 +187,7 @@ class ViTClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # whose checkpoint, if there is one, is restored later
-            self.resumed, self.minutes = False, 0.0
+            self.resumed, self.minutes, self.validated = False, 0.0, None
         # Weights of ours from elsewhere, that may have seen what is held out here: a checkpoint's state says it itself.
         compare = getattr(getattr(self.trainer, "datamodule", None), "compare_held_out", None)
         started = self.pretrained and os.path.exists(self.pretrained) and self.trainer.ckpt_path is None
@@ -271,6 +272,7 @@ class ViTClassifier(LightningModule):
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.temperature.copy_(self.fit_temperature.compute())
+            self.validated = self.global_step
         self.fit_temperature.reset()
         if self.trainer.state.fn == "validate":
             self.on_test_epoch_end()
@@ -339,9 +341,13 @@ class ViTClassifier(LightningModule):
                 print(f"{self.pretrained}: {note}", file=sys.stderr)
 
     def about(self) -> Checkpoint:
-        """The description that goes with the present weights."""
+        """The description that goes with the present weights; figures are theirs, or there are none.
+
+        The temperature is that of the last validation: it changes slowly, and an older one is better than none.
+        """
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        found = trainer.callback_metrics if self.validated == self.global_step else {}
+        metrics = {name: float(value) for name, value in found.items() if name.startswith("val/")}
         return Checkpoint(
             architecture=self.vit.architecture,
             class_names=self.class_names,
@@ -406,12 +412,12 @@ class ViTClassifier(LightningModule):
                 relocate(state, Path(trainer.default_root_dir))
 
     def on_fit_end(self) -> None:
-        """Write ``model.safetensors`` from the best weights, or the last where none were measured."""
+        """Write ``model.safetensors`` from the best weights, or the last where none are chosen or were measured."""
         keeper, root = keeper_of(self.trainer), Path(self.trainer.default_root_dir)
         dry = getattr(self.trainer, "fast_dev_run", False)  # keeps nothing; what lies in the folder is another run's
         if dry or not self.trainer.is_global_zero or keeper is None:
             return
-        self.measured = bool(keeper.best_model_path)
+        self.measured = bool(keeper.monitor and keeper.best_model_path)
         best = Path(keeper.best_model_path) if self.measured else root / "last.ckpt"
         model, about = load_checkpoint(best)
         path = root / "model.safetensors"

@@ -178,7 +178,7 @@ class TrainingProgress(ProgressBar):
             return
         path, about = exported
         score = f", {self.metric_name} {about.metrics[self.metric]:.1%}" if self.metric in about.metrics else ""
-        why = "none were kept as the best" if about.metrics else "nothing was validated"
+        why = "none were kept as the best" if pl_module.validated is not None else "nothing was validated"
         which = "best" if pl_module.measured else f"last ({why})"
         for line in (
             f"{which} weights{score}: {path}",
