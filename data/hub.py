@@ -293,10 +293,20 @@ def load_torch(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, Stored
             split: create_dataset(f"torch/{name}", root=str(root), split=theirs, download=True)
             for split, theirs in (("train", "train"), ("test" if name in TEST else "val", "validation"))
         }
-        names = [c[0] if isinstance(c, tuple) else str(c) for c in found["train"].classes]
+        classes = {
+            split: [c[0] if isinstance(c, tuple) else str(c) for c in part.classes] for split, part in found.items()
+        }
         labels = {split: torch.as_tensor(part.targets, dtype=torch.int64) for split, part in found.items()}
     except Exception as error:  # no network, no such name (an AssertionError), wrong checksum
         raise DataError(f"torch/{name}: cannot be had ({one_line(error)})") from None
+    names = classes["train"]
+    for split, theirs in classes.items():
+        if theirs != names:  # whose numbers mean something else: of folders each split counts its own
+            odd = min(set(names) ^ set(theirs), default="the order")
+            raise DataError(
+                f"torch/{name}: {split} has other classes than train ({odd}); of a folder, give --data.dataset FOLDER "
+                "itself: there the classes are those of train, and a split may lack some"
+            )
     if any(part.ndim != 1 for part in labels.values()):  # QMNIST's say who wrote the digit too
         labels = {split: part[:, 0] for split, part in labels.items()}
     return distinct(names), {  # of ImageNet two are called crane

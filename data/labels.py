@@ -211,6 +211,9 @@ def list_table(file: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     parts: dict[str, list[tuple[str, str]]] = {}
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
+        if isinstance(label := row.get("label"), list | tuple | dict):
+            label = str(label)[:40]
+            raise DataError(f"{file}: row {number} has label {label}: one class an image is needed, text or number")
         values = {name: cell(row.get(name)) for name in ("path", "label", "split")}
         if missing := next((name for name in ("path", "label") if not values[name]), None):
             found = f"has {', '.join(map(repr, row))}" if missing not in row else f"row {number} is empty there"

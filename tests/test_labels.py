@@ -177,6 +177,17 @@ def test_unusable_tables_are_one_line(tmp_path, change, message):
         list_table(write(tmp_path / "labels.csv", change))
 
 
+def test_several_labels_an_image_are_refused(tmp_path):
+    """Which parquet can hold, and which would be a class of that name."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"path": f"{i}.png", "label": ["cat", "dog"][: i + 1]} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tags.parquet")
+    with pytest.raises(DataError, match=r"tags.parquet: row 1 has label \['cat'\]: one class an image is needed"):
+        list_table(tmp_path / "tags.parquet")
+
+
 def test_unreadable_tables_are_one_line(tmp_path, monkeypatch):
     for name in ("none.csv", "none.parquet"):
         with pytest.raises(DataError, match=rf"{name}: cannot be read \("):

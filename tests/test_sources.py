@@ -621,6 +621,17 @@ def test_cifar_files_keep_their_layout(tmp_path, load, monkeypatch, name, kind):
     assert source.mean[0] == pytest.approx(0.49 if name == "cifar10" else 0.507, abs=0.002)
 
 
+def test_splits_that_number_their_classes_differently_are_refused(tmp_path, load):
+    """As torchvision's folders do: a dog of val would be called a cat."""
+    make(tmp_path / "images", train__cat=2, train__dog=2, val__dog=2)
+    message = r"torch/image_folder: val has other classes than train \(cat\); of a folder, give --data.dataset FOLDER"
+    with pytest.raises(DataError, match=message):
+        load("torch/image_folder", root=tmp_path / "images")
+    make(tmp_path / "images", val__cat=1)
+    source = load("torch/image_folder", root=tmp_path / "images")
+    assert source.val.labels.tolist() == [0, 1, 1]
+
+
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_failed_download_says_what_to_do(tmp_path, load, name):
