@@ -98,9 +98,9 @@ def test_what_is_mentioned_of_a_model_in_every_form(tmp_path):
     joined.write_text("model: {qk_norm: true}\n")
     whole.write_text("model: other.yaml\n")
     files = ["--config", str(plain), f"--config={dotted}", "-c", str(parted), f"-c{joined}"]
-    assert mentioned(["fit", *files, "--model.rope=true", "--model.depth", "3"]) == {
+    assert mentioned(["fit", *files, "--model.rope=true", "--model.depth", "3"], "model") == {
         *("lr", "depth", "pool", "stem", "qk_norm", "rope"),
     }
     for options in (["--model", "a.yaml"], ["--model={}"], ["--config", str(whole)]):
         with pytest.raises(ValueError, match="give the model's settings one by one"):
-            mentioned(["fit", *files, *options])
+            mentioned(["fit", *files, *options], "model")

@@ -487,7 +487,7 @@ def test_classes_of_different_size(tmp_path, capfd):
     data = [f"--data.dataset={tmp_path / 'images'}", f"--data.root={tmp_path}", "--data.num_workers=0"]
     data += ["--data.balance=true", "--data.batch_size=16", "--data.val_fraction=0.2"]
     root = tmp_path / "run"
-    data += ["--checkpoint.monitor=val/acc", "--checkpoint.mode=max"]  # the default again, which balance replaces
+    data += ["--checkpoint.monitor=val/balanced_acc", "--checkpoint.mode=max"]
     shown = ["--trainer.max_epochs=6", "--trainer.enable_progress_bar=true"]
     assert run("fit", root, *data, *shown) == 0
     assert "best weights, val balanced acc " in capfd.readouterr().err
@@ -519,6 +519,15 @@ def test_classes_of_different_size(tmp_path, capfd):
     assert run("validate", root, *data, "--ckpt_path=best") == 0
     assert "right when named" in capfd.readouterr().out
     assert (root / "validate" / "confusion.csv").read_text().startswith("of the class,named few,")
+
+
+@pytest.mark.parametrize("asked", [None, "val/acc"])
+def test_balance_changes_what_chooses_the_best_unless_that_is_asked_for(asked, tmp_path):
+    options = [*FINETUNE, "--model.pretrained=cifar10", "--data.balance=true", "--trainer.max_epochs=1"]
+    options += [f"--trainer.default_root_dir={tmp_path}", *([f"--checkpoint.monitor={asked}"] if asked else [])]
+    assert train.main(["fit", *options]) == 0
+    monitor = yaml.safe_load((tmp_path / "config.yaml").read_text())["checkpoint"]["monitor"]
+    assert monitor == (asked or "val/balanced_acc")
 
 
 def test_a_table_too_large_is_said_not_to_be_made(fitted, tmp_path, monkeypatch, capfd):

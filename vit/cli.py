@@ -152,12 +152,14 @@ class TrainCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
         settings = self.config[subcommand] if subcommand else self.config
-        config, trainer = settings["model"], settings["trainer"]
+        config, trainer, given = settings["model"], settings["trainer"], sys.argv[1:] if args is None else args
         if isinstance(settings["seed_everything"], bool):
             raise ValueError("seed_everything takes a number: all that is drawn depends on it")
         trainer["default_root_dir"] = place(trainer["default_root_dir"])
         if config["pretrained"]:
-            leave_out(ARCHITECTURE - mentioned(sys.argv[1:] if args is None else args), config)
+            leave_out(ARCHITECTURE - mentioned(given, "model"), config)
+        if settings["data"]["balance"] and "monitor" not in mentioned(given, "checkpoint"):
+            settings["checkpoint"]["monitor"] = "val/balanced_acc"  # val/acc is hardly moved by small classes
 
     def instantiate_classes(self) -> None:
         """Build everything; a run that goes on needs what it once started from no more: all is in its checkpoint."""
@@ -363,9 +365,6 @@ class TrainCLI(LightningCLI):
                     callback["init_args"][name] = value.value
         if self.subcommand != "fit" and config["logger"] is False:
             self.save_config_callback = None  # it would put this command's config.yaml in the place of the run's
-        balance, monitor = self._get(self.config, "data.balance"), self._get(self.config, "checkpoint.monitor")
-        if balance and monitor == "val/acc":  # which the small classes hardly move
-            self.config[str(self.subcommand)]["checkpoint"]["monitor"] = "val/balanced_acc"
         if self.subcommand == "fit":
             self._check_what_is_kept(several(config["callbacks"]))
 

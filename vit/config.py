@@ -166,20 +166,24 @@ def configs(args: Any) -> list[str]:
     return [os.path.expanduser(path) for path in (*apart, *joined)]
 
 
-def mentioned(args: Any) -> set[str]:
-    """Names of the model's settings that the command or its files mention; parsing makes them one with the defaults.
+def mentioned(args: Any, part: str) -> set[str]:
+    """Names of settings that the command or its files mention; parsing makes them one with the defaults.
+
+    Args:
+        args: The command.
+        part: What they are settings of, such as ``model``.
 
     Raises:
         ValueError: If they are mentioned as a whole, where none could be told from a default.
     """
     words = [str(word) for word in args] if isinstance(args, list | tuple) else []
-    names = [word[2:].partition("=")[0] for word in words if word.startswith("--model")]
+    names = [word[2:].partition("=")[0] for word in words if word.startswith(f"--{part}")]
     for path in configs(args):
         found = yaml.safe_load(Path(path).read_text()) or {}
-        for settings in (found, *(part for part in found.values() if isinstance(part, dict) and "model" in part)):
-            parts = settings.get("model")
-            names += [f"model.{name}" for name in parts] if isinstance(parts, dict) else ["model"] if parts else []
-            names += [name for name in settings if str(name).startswith("model.")]
-    if "model" in names:
-        raise ValueError("with model.pretrained, give the model's settings one by one: --model.NAME VALUE, not --model")
-    return {name.removeprefix("model.") for name in names}
+        for settings in (found, *(inner for inner in found.values() if isinstance(inner, dict) and part in inner)):
+            parts = settings.get(part)
+            names += [f"{part}.{name}" for name in parts] if isinstance(parts, dict) else [part] if parts else []
+            names += [name for name in settings if str(name).startswith(f"{part}.")]
+    if part in names:
+        raise ValueError(f"give the {part}'s settings one by one, as some depend on others: --{part}.NAME VALUE")
+    return {name.removeprefix(f"{part}.") for name in names}
