@@ -918,6 +918,13 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "heads": (["--model.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3"),
         "no config": ([f"--config={nowhere}.yaml"], f"{nowhere}.yaml"),
         "unknown key": (["--model.patchsize=3"], "--model.patchsize=3; did you mean --model.patch_size?"),
+        "key of another part": (["--model.batch_size=3"], "--model.batch_size=3; did you mean --data.batch_size?"),
+        "key like no other": (["--model.class_weights=3"], "unrecognized arguments: --model.class_weights=3\n"),
+        "key like none beside it": (["--data.augment.randaug=3"], "arguments: --data.augment.randaug=3\n"),
+        "no length": (
+            [f"--config={folder / 'endless.yaml'}"],
+            "how long? Give a --config (such as configs/folder.yaml), or --trainer.max_epochs",
+        ),
         "unknown key of the data": (["--data.folder=3"], "folder"),
         "not a number": (["--data.batch_size=many"], "many"),
         "not a choice": (["--model.optimizer=sgd"], "sgd"),
@@ -925,7 +932,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "garbage": ([f"--ckpt_path={garbage}"], f"{garbage}: refused"),
         "code inside": ([f"--ckpt_path={evil}"], f"{evil}: refused"),
         "plain pickle": ([f"--ckpt_path={folder / 'pickle.ckpt'}"], "pickle.ckpt: refused"),
-        "not a run's": ([f"--ckpt_path={folder / 'model.safetensors'}"], "takes a .ckpt file"),
+        "not a run's": (
+            [f"--ckpt_path={folder / 'model.safetensors'}"],
+            f"takes a .ckpt file of a run, best or last; weights alone go to --model.pretrained {folder}/model.safet",
+        ),
         "no smoothing": (["--model.label_smoothing=1.5"], "model.label_smoothing must be in [0, 1), got 1.5"),
         "endless warm-up": (["--model.warmup=3"], "model.warmup must be in [0, 1), got 3"),
         "never validated": (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch must be above 0"),
@@ -1021,7 +1031,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "logger": (
             ["--trainer.logger=CSVLogger"],
-            "trainer.logger cannot be CSVLogger; give it with --trainer.logger.save_dir",
+            "trainer.logger cannot be CSVLogger; give it with --trainer.logger.save_dir FOLDER",
         ),
         "logger's package": (
             ["--trainer.logger=WandbLogger"],
@@ -1056,13 +1066,14 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
 def test_mistake_is_one_line(tmp_path, capfd, case):
     arguments, message = mistakes(tmp_path)[case]
     (tmp_path / "garbage.ckpt").write_bytes(b"garbage" * 99)
+    (tmp_path / "endless.yaml").write_text("trainer: {max_epochs: null}")
     torch.save({"state_dict": {}, "vit": Bomb(tmp_path / "marker")}, tmp_path / "evil.ckpt")
     (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
     assert run("fit", tmp_path / "run", *arguments) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("Seed set")]
     assert len(said) == 1, said
     assert said[0].startswith("train.py: ")
-    assert message in said[0]
+    assert message in f"{said[0]}\n"
     assert not (tmp_path / "marker").exists()
 
 

@@ -191,7 +191,8 @@ class TrainCLI(LightningCLI):
             raise ValueError(f"{subcommand} needs trained weights: --ckpt_path best (or last, or FILE.ckpt)")
         if path not in (None, "last"):
             if Path(path).suffix != ".ckpt":
-                raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last")
+                way = f"; weights alone go to --model.pretrained {path}" if str(path).endswith(".safetensors") else ""
+                raise ValueError(f"{path}: ckpt_path takes a .ckpt file of a run, best or last{way}")
             load_checkpoint(path)
             self.going_on = path if subcommand == "fit" else None
         if subcommand != "fit":  # which has today's settings: those of the command
@@ -354,6 +355,9 @@ class TrainCLI(LightningCLI):
         """Refuse what Lightning takes and our runs cannot do, and settle what follows from other settings."""
         config = self._get(self.config, "trainer")
         check_trainer(config)
+        ends = config["max_epochs"] is not None or config["max_steps"] != -1 or config["max_time"]
+        if self.subcommand == "fit" and not ends and not config["fast_dev_run"]:  # Lightning would do 1,000 epochs
+            raise ValueError("how long? Give a --config (such as configs/folder.yaml), or --trainer.max_epochs")
         for part, of in {"model": (self.model_class, VisionTransformer), "data": (self.datamodule_class,)}.items():
             given = self._get(self.config, part)
             for name, setting in chain.from_iterable(signature(each).parameters.items() for each in of):

@@ -20,6 +20,7 @@ FORMS = {
     "data.image_size": "224, or [224, 320] for height and width",
     "model.resolution": "[[0.4, 0.5], [0.7, 0.75]]: pairs of a share of the steps and a factor of the size until then",
 }
+VALUES = {"save_dir": "save_dir FOLDER", "monitor": "monitor val/loss"}  # of what callbacks and loggers need
 JOINED = re.compile(r"--config=|-c=?(?=.)")  # an option with its file in the same word
 SECTIONS = {"model", "data", "data.augment", "trainer", "checkpoint", "guard"}
 
@@ -111,10 +112,17 @@ class Parser(LightningArgumentParser):
             message = f"{name} is {value}, where settings belong: give them one by one, as --{name}.NAME VALUE"
         if wrong := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
             parser = getattr(ex, "subcommand_parser", self)
-            known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+            names = [name for action in parser._actions for name in action.option_strings]
+            known = [name.lstrip("-") for name in names if " " not in name]  # those with spaces are links
             dashes = "--" if "arguments: --" in wrong[0] else ""
-            message += "".join(f"; did you mean {dashes}{name}?" for name in get_close_matches(wrong[1], known, n=1))
+            message += "".join(f"; did you mean {dashes}{name}?" for name in meant(wrong[1], known))
         raise ValueError(message) from ex
+
+
+def meant(wrong: str, known: Sequence[str]) -> list[str]:
+    """The option that was perhaps meant, or none: alike in its own name, and then in what it is a setting of."""
+    own = get_close_matches(wrong.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.7)
+    return get_close_matches(wrong, [name for name in known if name.rpartition(".")[2] in own], n=1, cutoff=0)
 
 
 def refusal(name: str, types: str, value: str) -> str:
@@ -138,7 +146,9 @@ def refusal(name: str, types: str, value: str) -> str:
     forms = FORMS.get(name) or ", ".join(choices)
     if name in ("trainer.callbacks", "trainer.logger"):
         near = get_close_matches(value, dir(callbacks if name == "trainer.callbacks" else loggers), n=1)
-        forms = f"it with --{name}.{lacks[1]}" if lacks else "".join(f"{one}?" for one in near if one != value)
+        forms = "".join(f"{one}?" for one in near if one != value)
+        if lacks:
+            forms = f"it with --{name}.{VALUES.get(lacks[1], lacks[1])}"
         if "." in value and value.partition(".")[0] not in ("lightning", "vit"):
             forms = "one of lightning or vit; import_path_allowlist in train.py lets in others"
     return f"{name} cannot be {value}" + (f"; give {forms}" if forms else "")
