@@ -381,7 +381,9 @@ def test_positions_are_resampled_as_timm_does(tmp_path, kind, size):
     grid = [size[0] // 16, size[1] // 16]
     expected = resample_abs_pos_embed(old.pos_embed, grid, [14, 14], num_prefix_tokens=old.num_prefix_positions)
     torch.testing.assert_close(new.pos_embed, expected, atol=1e-6, rtol=0)
-    assert notes == [f"position embedding resampled from 14x14 to {grid[0]}x{grid[1]} patches"]
+    resampled = f"position embedding resampled from 14x14 to {grid[0]}x{grid[1]} patches"
+    fewer = f"an image is {grid[0]}x{grid[1]} patches, and was 14x14: --data.image_size 224 keeps them"
+    assert notes == [resampled, fewer][: 1 + (grid[0] * grid[1] < 14 * 14)]
 
 
 def test_nothing_changes_where_nothing_is_asked(tmp_path):
@@ -441,6 +443,7 @@ def test_a_backbone_without_positions_has_none_to_resample(tmp_path):
     old, path = saved(tmp_path, rope=True)
     old.pos_embed.data.zero_()
     save_checkpoint(path, old.state_dict(), load_pretrained(path)[1])
+    assert start(path, size=16)[1][-1].endswith(": --data.image_size 32 keeps them")
     new, notes = start(path, size=64)
     assert new.pos_embed.shape == (1, 65, 32)
     assert not new.pos_embed.any()

@@ -373,6 +373,11 @@ def start_from(
         weights["pos_embed"] = old.positions(new.grid_size)
         if weights["pos_embed"].any():  # or there is none: rope alone
             notes.append(f"position embedding resampled from {_by(old.grid_size)} to {_by(new.grid_size)} patches")
+        if math.prod(new.grid_size) < math.prod(old.grid_size):  # perhaps by an image_size that nobody thought of
+            height, width = (n * side for n, side in zip(old.grid_size, new.patch_size, strict=True))
+            size = height if height == width else f"'[{height}, {width}]'"
+            found = f"an image is {_by(new.grid_size)} patches, and was {_by(old.grid_size)}"
+            notes.append(f"{found}: --data.image_size {size} keeps them")
     if tuple(class_names) != about.class_names:
         weights |= {name: new.state_dict()[name] for name in ("head.weight", "head.bias")}
         notes.append(f"head replaced: {len(about.class_names)} classes before, {len(class_names)} now")
