@@ -164,6 +164,12 @@ def batches(split: Split | Stream) -> SplitDataset | StreamDataset:
     return StreamDataset(split) if isinstance(split, Stream) else SplitDataset(split)
 
 
+def where(dataset: str) -> str:
+    """A data set's name, which is the same for all ways to write a folder."""
+    folder = Path(dataset).expanduser()
+    return str(folder.resolve()) if folder.exists() else dataset
+
+
 def home(device: torch.device, size: int, free: int) -> torch.device:
     """Where a split's images are kept while a model trains on this device: there, or in the host's memory.
 
@@ -283,6 +289,7 @@ class ImageDataModule(LightningDataModule):
         _ = self.source  # downloads and decodes; one process a node does, and the others find it done
 
     def setup(self, stage: str | None = None) -> None:
+        self.trained_on: str | None = None  # data set of the weights, where they say it
         if stage == "fit":
             self.resumed = 0  # until its checkpoint, if there is one, is restored
             vars(self).pop("preprocess", None)  # which an earlier one may have brought
@@ -329,6 +336,11 @@ class ImageDataModule(LightningDataModule):
         copy = self.copies[key]
         return SplitDataset(copy, dataset.subset.to(copy.labels.device))
 
+    @property
+    def stage(self) -> str | None:
+        """What the trainer does: ``fit``, ``validate``, ``test``; none without one."""
+        return self.trainer.state.fn if self.trainer else None
+
     def position(self) -> tuple[int, int]:
         """(epoch, batches of it done), from the only counter that survives every kind of restart: optimiser steps."""
         trainer = self.trainer
@@ -348,24 +360,28 @@ class ImageDataModule(LightningDataModule):
         return {"steps": steps, "dataset": self.dataset, "validation": self.held_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        stage = self.trainer.state.fn if self.trainer else None
-        if stage == "fit":  # and not a measurement, which a training may follow
+        if self.stage == "fit":  # and not a measurement, which a training may follow
             self.resumed = state_dict["steps"]
-        if stage != "test":
-            self.compare_held_out(state_dict)
+        self.compare_training(state_dict)
 
-    def compare_held_out(self, before: dict[str, Any]) -> None:
+    def compare_training(self, before: dict[str, Any]) -> None:
         """Say so where a model was trained on images that validate now.
 
         Args:
             before: Of its training: ``dataset`` and ``validation``, what was held out then; older files lack that.
         """
-        same = str(before.get("dataset")).rstrip("/") == self.dataset.rstrip("/") and "validation" in before
-        if same and self.held_out not in (None, before["validation"]):
+        self.trained_on = before.get("dataset") or None
+        changed = "validation" in before and self.held_out not in (None, before["validation"])
+        if changed and not self.foreign and self.stage != "test":
             say_once(
                 f"{self.dataset}: other images are held out than before, as the data or data.val_fraction changed; the "
                 "model has trained on some of them, and validation finds it better than it is"
             )
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the weights are known to be of another data set, so that all images of this one may measure them."""
+        return self.trained_on is not None and where(self.trained_on) != where(self.dataset)
 
     @property
     def held_out(self) -> str | None:
@@ -397,15 +413,23 @@ class ImageDataModule(LightningDataModule):
         return self._loader(dataset, self.order)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        if self.val is None and (self.trainer is None or self.trainer.state.fn != "fit"):
+        if self.val is None and self.stage != "fit":
             raise DataError(f"{self.dataset}: has no validation images, and data.val_fraction 0 holds none out")
-        return [] if self.val is None else self._eval_loader(self.val, "limit_val_batches")
+        if self.val is None:
+            return []
+        if self.source.val is None and self.stage == "validate":
+            count, hint = len(self.val), "; test measures all of them" if self.foreign and self.test is None else ""
+            say_once(f"{self.dataset}: {count:,} of {len(self.train) + count:,} images, those held out{hint}")
+        return self._eval_loader(self.val, "limit_val_batches")
 
     def test_dataloader(self) -> DataLoader:
-        if self.test is None:
+        if self.test is None and (self.source.val is not None or not self.foreign):
             raise DataError(
                 f"{self.dataset}: has no test images; put class folders into train/ and test/, or use `validate`"
             )
+        if self.test is None:
+            self.test = batches(self.source.train)
+            say_once(f"{self.dataset}: all {len(self.test):,} images, as the model was trained on {self.trained_on}")
         return self._eval_loader(self.test, "limit_test_batches")
 
     def _eval_loader(self, dataset: SplitDataset | StreamDataset, limited_by: str) -> DataLoader:

@@ -236,8 +236,8 @@ def test_a_part_of_the_batches_is_of_all_classes(limit, classes, folder, tmp_pat
         module.batch_size = 2 // ranks
         loaders = []
         for rank in range(ranks):
-            trainer = SimpleNamespace(global_rank=rank, world_size=ranks, limit_val_batches=limit)
-            module.trainer = trainer  # type: ignore[assignment]
+            fitting = {"state": SimpleNamespace(fn="fit"), "limit_val_batches": limit}
+            module.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, **fitting)  # type: ignore[assignment]
             loaders.append(module.val_dataloader())
         first: list[Batch] = [next(iter(loader)) for loader in loaders]
         seen.append({index for batch in first for index in batch.indices.tolist()})

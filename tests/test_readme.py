@@ -102,10 +102,11 @@ def test_a_probe_of_features(cifar10_jpeg: Path, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_training_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.S)
+    example, changed = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(example, names)
+    exec(changed, names)  # own loss, augmentation, batches
     assert Path(names["path"]).is_relative_to("runs/python")
     images = names["images"]
     accuracy = names["trainer"].validate(names["model"], images, verbose=False)[0]["val/acc"]

@@ -189,10 +189,10 @@ class ViTClassifier(LightningModule):
         if stage == "fit":  # whose checkpoint, if there is one, is restored later
             self.resumed, self.minutes, self.validated = False, 0.0, None
         # Weights of ours from elsewhere, that may have seen what is held out here: a checkpoint's state says it itself.
-        compare = getattr(getattr(self.trainer, "datamodule", None), "compare_held_out", None)
-        started = self.pretrained and os.path.exists(self.pretrained) and self.trainer.ckpt_path is None
-        if compare and started and stage != "test":
-            compare(load_pretrained(self.pretrained)[1].training)
+        compare = getattr(getattr(self.trainer, "datamodule", None), "compare_training", None)
+        ours = self.pretrained == "cifar10" or os.path.isfile(self.pretrained or "")
+        if compare and ours and self.trainer.ckpt_path is None:
+            compare(load_pretrained(str(self.pretrained))[1].training)
 
     def configure_model(self) -> None:
         """Share the weights out over the processes, block by block, where the strategy asks for it (FSDP)."""
@@ -224,10 +224,18 @@ class ViTClassifier(LightningModule):
         torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self.network(self.rescale(batch.images)).float()
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        loss = self.loss(self.network(self.rescale(batch.images)).float(), batch.labels)
         self.log("train/loss", loss.detach())
         return loss
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What training makes small: cross-entropy; to override for another.
+
+        Args:
+            logits: Of the batch (B, classes), in float32.
+            labels: Class numbers (B,), or where images are mixed the share of each class (B, classes).
+        """
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def rescale(self, images: Tensor) -> Tensor:
         """The images at the size that belongs to this step."""
