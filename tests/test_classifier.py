@@ -426,8 +426,8 @@ def test_a_training_behind_a_measurement_begins_at_its_own_beginning(tmp_path, m
     """Whether it is of the model or with the data module to which the checkpoint was given."""
 
     class Recorder(ViTClassifier):
-        def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-            seen.append((batch.epoch, batch.indices[0].item()))
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen.append((batch.epoch, int(batch.indices[0])))
             return super().training_step(batch, batch_idx)
 
     seen: list[tuple[int, int]] = []

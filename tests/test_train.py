@@ -781,6 +781,7 @@ def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, ca
     held_out = "digits: other images are held out than before"
     for command, option, said in (("validate", "0.1", False), ("validate", "0.5", True), ("test", "0.5", False)):
         capfd.readouterr()
+        data.cache.say_once.cache_clear()
         assert run(command, tmp_path, "--ckpt_path=last", f"--data.val_fraction={option}") == 0
         assert (held_out in capfd.readouterr().err) == said, (command, option)
     short, start = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"], tmp_path / "model.safetensors"
