@@ -5,10 +5,15 @@ The command line; what it starts is in vit/run.py. No torch is imported here: ``
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import combinations
+from typing import NoReturn
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the run Ctrl-C ends it without a traceback
 
 from vit.run import resumable, run, standard_streams
 
@@ -174,5 +179,15 @@ def check(options: argparse.Namespace) -> None:
         error("--resume needs --out FILE with --format jsonl or csv")
 
 
+def script() -> NoReturn:
+    """The command as a process: all is closed once it is stopped, and images that are still decoded are of no use."""
+    code = main()
+    if code > 128:  # else Python would wait for them, or show where a second signal met it
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -30,7 +30,7 @@ from vit.gallery import map_name
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.rollout import CLASS_METHOD, CLASS_SPECIFIC, METHODS
-from vit.run import Stopped, is_long, write_classes
+from vit.run import Stopped, is_long, signals, write_classes
 
 ROOT = Path(__file__).parent.parent
 NAMES = tuple(f"class {i}" for i in range(7))
@@ -551,6 +551,69 @@ def fed(paths: Path, err: Path, args: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     sys.stdin, sys.stderr = paths.open(), err.open("w")
     command(args)
+
+
+def test_a_signal_that_was_swallowed_is_not_lost(run, images, tmp_path, monkeypatch):
+    """As torch, while it is loaded, does it to whatever is raised in what it imports."""
+
+    def swallowed(*args: object, **options: object) -> object:
+        with suppress(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    real = Predictor.from_checkpoint
+    monkeypatch.setattr(Predictor, "from_checkpoint", swallowed)
+    code, out, err = run(images, "--recursive", "--out", tmp_path / "out.csv")
+    assert (code, out, err.splitlines()[-1]) == (143, "", "stopped by SIGTERM")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_second_signal_is_heard_where_the_first_was_swallowed_and_breaks_no_end():
+    def swallowing(failure: BaseException | None) -> None:
+        with signals():
+            with suppress(Stopped):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if failure:  # of what was left half done
+                raise failure
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def ending() -> None:
+        with signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended.append(True)
+
+    ended: list[bool] = []
+    for stopping in (lambda: swallowing(RuntimeError()), lambda: swallowing(None), ending):
+        with pytest.raises(Stopped):
+            stopping()
+    assert ended
+
+
+def test_what_is_still_decoded_does_not_hold_up_the_end(checkpoint, images, tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(
+        target=slow, args=(tmp_path / "err", ["predict.py", "--checkpoint", checkpoint, str(images / "0/0.png")])
+    )
+    process.start()
+    wait_for(lambda: content(tmp_path / "err"), process)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == 143
+    assert (tmp_path / "err").read_text().splitlines()[2:] == ["stopped by SIGTERM"]
+
+
+def slow(err: Path, args: list[str]) -> None:
+    """The command as a process, which never has its image."""
+
+    def never(*_: object) -> None:
+        print("decoding", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+    sys.argv, sys.stderr, Predictor._decode = args, err.open("w"), never  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    predict.script()
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])

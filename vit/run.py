@@ -50,29 +50,42 @@ def run(options: argparse.Namespace) -> int:
         say("predict.py: the folder one is in is gone; change to another")
         return USAGE
     try:
-        with signals(), quiet_libraries():
-            return load_and_classify(options)
+        with signals() as check, quiet_libraries():
+            return load_and_classify(options, check)
     except Stopped as stop:
+        with suppress(OSError):  # not by say, which imports more
+            print(f"stopped by {signal.Signals(stop.number).name}", file=sys.stderr, flush=True)
         return 128 + stop.number
 
 
 @contextmanager
-def signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Stopped, once; where signals cannot be caught (another thread) nothing changes."""
+def signals() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM raise Stopped; where signals cannot be caught (another thread) nothing changes.
+
+    Gives what raises it again, if there was one: code below Python, such as torch's start, may swallow an exception.
+    """
+    heard: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        for caught in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(caught, signal.SIG_IGN)  # the end is on its way; a second one must not break it
-        raise Stopped(number)
+        heard.append(number)
+        if not isinstance(sys.exception(), Stopped):  # the end is on its way; a second one must not break it
+            raise Stopped(number)
+
+    def check() -> None:
+        if heard:
+            raise Stopped(heard[0])
 
     try:
-        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, stop) for number in heard}
+        caught = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in caught}
     except ValueError:
-        yield
+        yield check
         return
     try:
-        yield
+        yield check
+    except Exception:
+        check()  # what was swallowed may have left something half done, which fails then
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -96,8 +109,14 @@ def say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def load_and_classify(options: argparse.Namespace) -> int:
-    """Load the model and classify everything; the exit code."""
+def load_and_classify(options: argparse.Namespace, check: Callable[[], None]) -> int:
+    """Load the model and classify everything; the exit code.
+
+    Args:
+        options: What predict.py's parser gives, checked.
+        check: Raises Stopped if that was asked for and was lost.
+    """
+    import numpy  # noqa: F401 (before torch, which imports it from C and passes over what is raised in it)
     import torch
 
     from vit.cluster import ClusterError
@@ -107,6 +126,7 @@ def load_and_classify(options: argparse.Namespace) -> int:
     from vit.preprocess import SUFFIXES
     from vit.records import Output, OutputError
 
+    check()
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32 on a GPU too; a program's own to say
     device = "cpu" if options.engine == "ray" else options.device  # the work is done elsewhere
@@ -136,7 +156,12 @@ def load_and_classify(options: argparse.Namespace) -> int:
             hint = "; --resume would have gone on with them" if resumable(options) else ""
             say(f"predict.py: {output.partial}: the records of an unfinished run were discarded{hint}")
         try:
-            with engine(options, predictor) as work, progress(options, inputs) as advance:
+            with engine(options, predictor) as work, progress(options, inputs) as step:
+
+                def advance(n: int) -> None:
+                    check()
+                    step(n)
+
                 classify(options, predictor, gallery, work, inputs, output, summary, advance)
             output.finish()
         finally:
