@@ -463,6 +463,28 @@ def test_a_report_that_cannot_be_written_costs_no_records(run, images, tmp_path)
     assert (tmp_path / "out.csv.partial").read_text() == "unfinished"
 
 
+def test_maps_replace_nothing_but_maps(run, images, tmp_path, monkeypatch):
+    """Neither an image that is named, which is known at once, nor any other file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("sheet.png", "x.jpg", "x.jpg.png"):
+        shutil.copy(images / "0/0.png", name)
+    before = Path("sheet.png").read_bytes()
+    for named in ("sheet.png", "./x.jpg", tmp_path / "x.jpg"):
+        code, out, err = run(named, "--maps", ".")
+        said = f"predict.py: --maps .: {named} lies in it; maps and images would mix, name another\n"
+        assert (code, out, err) == (2, "", said)
+    image = images / "0/0.png"
+    for kept in ("sheet.png", map_name(str(image), absolute=True)):
+        Path("maps", kept).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, Path("maps", kept))
+        code, _, err = run(image, "--maps", "maps")
+        said = f"predict.py: maps/{kept}: no map, and would be replaced by one; move it, or name another --maps"
+        assert (code, err.splitlines()[-1]) == (2, said)
+        assert Path("maps", kept).read_bytes() == before
+        Path("maps", kept).write_bytes(b"")  # as a run leaves it that is killed just then
+    assert run(image, "--maps", "maps")[0] == run(image, "--maps", "maps")[0] == 0
+
+
 # ---- parts and stops ---------------------------------------------------------------------------------------------
 
 
@@ -482,7 +504,7 @@ def test_maps_are_no_images_of_the_next_run(run, images, tmp_path, monkeypatch):
     assert "no file matches outside the folder of --maps" in run("maps/*.png", "--maps", "maps")[1]
     code, _, err = run(".", "--maps", ".")
     assert code == 2
-    assert err == "predict.py: --maps .: . lies in it; maps would be taken for images, name another\n"
+    assert err == "predict.py: --maps .: . lies in it; maps and images would mix, name another\n"
 
 
 def test_shards_are_one_run(run, images, monkeypatch):
@@ -725,6 +747,34 @@ def test_records_do_not_replace_what_is_none(run, images, checkpoint, tmp_path):
     code, _, err = run(images / "0/0.png", "--format", "json", "--out", checkpoint)
     assert (code, f"--out {checkpoint} and --checkpoint {checkpoint} are the same; each" in err) == (2, True)
     assert Path(checkpoint).read_bytes() == weights
+
+
+def test_records_and_page_replace_no_source(run, images, tmp_path, monkeypatch):
+    """By whatever name, nor by what they are called while they grow; a device is no such file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(images / "0/0.png", "image")
+    shutil.copy("image", "page-1-of-2.html")
+    os.link("image", "same.partial")
+    list_file = Path("list.txt")
+    list_file.write_text("image\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    stdin = os.dup(0)
+    try:
+        os.dup2(os.open(list_file, os.O_RDONLY), 0)
+        for options, said in (
+            (("image", "--out", "image"), "--out image: would replace image"),
+            (("image", "--out", "same"), "--out same: would replace image"),
+            (("-", "--out", "list.txt"), "--out list.txt: would replace the file on standard input"),
+            (
+                ("page-1-of-2.html", "--report", "page.html", "--shard", "1/2"),
+                "--report page.html: would replace page-1-of-2.html",
+            ),
+        ):
+            assert run(*options) == (2, "", f"predict.py: {said}; take another name\n")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert run("/dev/null", "image", "--out", "/dev/null")[0] == 3
+    finally:
+        os.dup2(stdin, 0)
 
 
 def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):

@@ -199,6 +199,8 @@ class Gallery:
         text = PngInfo()
         text.add_text(METHOD, self.way)
         with _named(file):
+            if os.path.isfile(file) and os.path.getsize(file) and not _is_map(file):  # empty: of a run that was killed
+                raise OutputError(f"{file}: no map, and would be replaced by one; move it, or name another --maps")
             os.makedirs(os.path.dirname(file), exist_ok=True)
             picture.save(file, "PNG", compress_level=1, pnginfo=text)
 
@@ -230,6 +232,15 @@ def _try_folder(folder: Path) -> None:
         raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(EACCES, os.strerror(EACCES))
+
+
+def _is_map(file: str) -> bool:
+    """Whether a file is a map or a sheet."""
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:
+            return METHOD in picture.info
+    except Exception:  # whatever it is
+        return False
 
 
 def _small(entry: dict[str, Any]) -> dict[str, Any]:

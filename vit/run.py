@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit.quiet import quiet_libraries
@@ -142,9 +143,15 @@ def load_and_classify(options: argparse.Namespace, check: Callable[[], None]) ->
     if options.out and os.path.splitext(options.out)[1].lower() in SUFFIXES:
         say(f"predict.py: --out {options.out}: has the name of an image, which the records would replace; take another")
         return USAGE
+    for option, file in files_of(options):
+        for source in (source for source in options.sources if is_same(source, file)):
+            name = "the file on standard input" if source == "-" else source
+            say(f"predict.py: {option}: would replace {name}; take another name")
+            return USAGE
     for source in options.sources if options.maps else ():
-        if os.path.isdir(source) and within(source, options.maps):
-            say(f"predict.py: --maps {options.maps}: {source} lies in it; maps would be taken for images, name another")
+        folder = source if os.path.isdir(source) else os.path.dirname(source)
+        if source != "-" and os.path.lexists(source) and within(folder, options.maps):
+            say(f"predict.py: --maps {options.maps}: {source} lies in it; maps and images would mix, name another")
             return USAGE
     stdin = sys.stdin.buffer if "-" in options.sources else None
     inputs = Inputs(options.sources, recursive=options.recursive, stdin=stdin, maps=options.maps)
@@ -194,6 +201,27 @@ def load_and_classify(options: argparse.Namespace, check: Callable[[], None]) ->
     if not summary.failed and (summary.classified or options.shard[1] > 1):
         return OK
     return SOME_FAILED if summary.classified else NONE_SUCCEEDED
+
+
+def files_of(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
+    """The files that a run writes beside its maps, each with the option that names it."""
+    from vit.records import PARTIAL
+
+    if options.out:
+        yield from ((f"--out {options.out}", os.path.realpath(options.out) + ending) for ending in ("", PARTIAL))
+    if options.report:
+        from vit.gallery import of_shard
+        from vit.report import unfinished
+
+        page = of_shard(options.report, options.shard)
+        yield from ((f"--report {options.report}", file) for file in (page, unfinished(page)))
+
+
+def is_same(source: str, file: str | Path) -> bool:
+    """Whether a source, or what standard input is read from, is this file; a device is no file."""
+    with suppress(OSError):
+        return os.path.isfile(file) and os.path.samefile(0 if source == "-" else source, file)
+    return False
 
 
 def write_classes(names: tuple[str, ...]) -> int:
