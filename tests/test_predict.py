@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -686,6 +687,43 @@ def test_resuming_refuses_other_images_and_other_options(run, images, tmp_path):
     assert "other weights, options or machine" in err
     assert out.read_bytes() == whole
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_resuming_refuses_another_threshold(ending, run, images, tmp_path):
+    """Though the records that are made again would be the same by it."""
+    out = tmp_path / f"out.{ending}"
+    options = (images / "0", "--batch-size", 4, "--out", out)
+    assert run(*options, "--threshold", 0.4)[0] == 3
+    whole = out.read_bytes()
+    run(images / "0", "--out", copy := tmp_path / "copy.jsonl")
+    records = [record for record in map(json.loads, copy.read_text().splitlines()) if "error" not in record]
+    made_again = {record["path"] for record in records[-4:]}
+    between = next(
+        s for r in records[8:-8] if (s := r["predictions"][0]["score"]) < 0.4 and r["path"] not in made_again
+    )
+    code, _, err = run(*options, "--resume", "--threshold", between)
+    assert (code, out.read_bytes()) == (2, whole)
+    assert re.search(rf"its record of .* is not by --threshold {between:g}; ask for the same one", err)
+    assert run(*options, "--resume", "--threshold", 0.4)[0] == 3
+
+
+def test_maps_that_are_gone_are_made_again(run, images, tmp_path, monkeypatch):
+    """In the first batch, in one between, in one that is recorded in part; and all."""
+    monkeypatch.setattr("vit.gallery.SHEET", 2)
+    out = tmp_path / "out.jsonl"
+    options = (images / "0/1?.png", "--batch-size", 2, "--out", out, "--maps", tmp_path / "maps")
+    assert run(*options)[0] == 3
+    whole = out.read_bytes()
+    maps = {path: path.read_bytes() for path in (tmp_path / "maps").rglob("*.png")}
+    recorded = [record["map"] for record in map(json.loads, whole.splitlines()) if "map" in record]
+    for lost, kept in (([1, 3, 5], 7), ([4], 10), (range(9), 10)):
+        for number in lost:
+            os.unlink(recorded[number])
+        out.rename(tmp_path / "out.jsonl.partial").write_bytes(b"".join(whole.splitlines(True)[:kept]))
+        assert run(*options, "--resume")[0] == 3
+        assert out.read_bytes() == whole
+        assert {path: path.read_bytes() for path in (tmp_path / "maps").rglob("*.png")} == maps
 
 
 def test_resuming_looks_at_an_image_that_was_classified(run, images, tmp_path):

@@ -195,6 +195,10 @@ class Gallery:
             words = f"the maps so far are by {way}, these would be by {self.way}"
             raise OutputError(f"{file}: {words}; ask for the same ones, or run without --resume to start again")
 
+    def lacks(self, records: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether a map that is named in these records of the run is not there any more."""
+        return self.folder is not None and any(r.get("map") and not os.path.exists(r["map"]) for r in records)
+
     def _save(self, picture: Image.Image, file: str) -> None:
         text = PngInfo()
         text.add_text(METHOD, self.way)

@@ -49,6 +49,12 @@ def distinct(names: Sequence[str]) -> tuple[str, ...]:
     return named if len(set(named)) == len(named) else distinct(named)  # one may be called like another with its number
 
 
+def best_of(record: Record) -> tuple[str, float]:
+    """Label and score of the class that a record has first."""
+    best = record["predictions"][0]
+    return best["label"], 0.0 + best["score"]
+
+
 class Format:
     """How records become bytes; ``read`` turns them back where a run can be resumed."""
 
@@ -133,7 +139,7 @@ class Csv(Format):
         return text.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace") + b"\n"
 
     def read(self, file: BinaryIO) -> Iterator[Kept]:
-        """Whole records (path, first label, error, map) and their bytes; a torn one at the end is left out."""
+        """Whole records (path, best class, error, unsure, map) and their bytes; a torn one at the end is left out."""
         taken: list[bytes] = []
 
         def lines() -> Iterator[str]:
@@ -154,9 +160,12 @@ class Csv(Format):
                         raise ValueError("its columns are not those of this run")
                     continue
                 cells = dict(zip(self.columns, row, strict=True))
-                error = {"error": cells["error"]} if cells["error"] else {"predictions": [{"label": cells["label_1"]}]}
+                if cells["error"]:
+                    said: Record = {"error": cells["error"]}
+                else:
+                    said = {"predictions": [{"label": cells["label_1"], "score": float(cells["score_1"])}]}
                 more = {"unsure": cells.get("unsure") == "True", "map": cells.get("map") or None}
-                yield {"path": cells["path"], **more, **error}, data
+                yield {"path": cells["path"], **more, **said}, data
         except csv.Error:
             return  # the file ends inside quotes: torn
 
@@ -317,7 +326,7 @@ class Output:
         try:
             with open(self.current, "rb") as file:
                 for record, data in self.format.read(file):
-                    _ = shown(record["path"]), "error" in record or record["predictions"][0]["label"]
+                    _ = shown(record["path"]), "error" in record or best_of(record)
                     size += len(data)
                     yield record, data
             there = os.fstat(self.descriptor).st_size

@@ -327,7 +327,7 @@ def classify(
     pieces = batches(mine, options.batch_size or work.batch_size)
     again: list[Kept] = []  # records that are there already and are made once more, to see that they are the same
     if options.resume:
-        pieces, again = resumed(pieces, output, summary, gallery)
+        pieces, again = resumed(pieces, output, summary, gallery, options.threshold)
     output.start()
     advance(summary.resumed - len(again))
     done = 0
@@ -353,7 +353,11 @@ def classify(
 
 
 def resumed(
-    pieces: "Iterator[list[Item]]", output: "Output", summary: "Summary", gallery: "Gallery | None"
+    pieces: "Iterator[list[Item]]",
+    output: "Output",
+    summary: "Summary",
+    gallery: "Gallery | None",
+    threshold: float | None,
 ) -> "tuple[Iterator[list[Item]], list[Kept]]":
     """The batches that are to do, and the records that are there of those: the first ones, and from the last recorded.
 
@@ -363,18 +367,21 @@ def resumed(
         pieces: All batches.
         output: Holds the records so far; their paths must be those of the inputs.
         summary: Counts them.
-        gallery: Of its first images the batches are run again, as sheet and report are of them; its maps are the run's.
+        gallery: Of its first images the batches are run again, as sheet and report are of them, and those that
+            lack a map; its maps are the run's.
+        threshold: Score below which the records must say that they are unsure; none where they do not say.
     """
-    from vit.records import OutputError, shown
+    from vit.records import OutputError, best_of, shown
 
     kept, rerun_first = output.kept(), gallery.limit if gallery else 0
-    head: list[tuple[list[Item], list[Kept]]] = []  # batches that the gallery is of, and their records
+    head: list[tuple[list[Item], list[Kept]]] = []  # batches that the gallery needs, and their records
     proof: list[tuple[list[Item], list[Kept]]] = []  # the last batch behind those with an image that was classified
     tail: list[tuple[list[Item], list[Kept]]] = []  # the last batch with records, and the one behind it
     mapped = False
     for batch in pieces:
         records = list(islice(kept, len(batch)))
-        if summary.classified < rerun_first:
+        whole = len(records) == len(batch)  # the last one goes to the end: what is new comes behind what is run again
+        if summary.classified < rerun_first or (whole and gallery and gallery.lacks(record for record, _ in records)):
             head.append((batch, records))
         elif any("error" not in record for record, _ in records):
             proof, tail = [(batch, records)], []
@@ -391,9 +398,15 @@ def resumed(
             if gallery and record.get("map") and not mapped:
                 mapped = True
                 gallery.refuse_other(record["map"])
+            unsure = threshold is not None and "error" not in record and best_of(record)[1] < threshold
+            if threshold is not None and bool(record.get("unsure")) != unsure:
+                raise OutputError(
+                    f"{output.name}: its record of {shown(record['path'])} is not by --threshold {threshold:g}; "
+                    "ask for the same one, or run without --resume to start again"
+                )
             summary.add(record)
             summary.resumed += 1
-        if len(records) < len(batch):
+        if not whole:
             break
     if next(kept, None) is not None:
         raise OutputError(f"{output.name}: more records than there are images; run without --resume to start again")
