@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from vit import gallery as module
+from vit import preprocess
 from vit.checkpoint import Checkpoint
 from vit.gallery import PATH_MAX, Gallery, explored, map_name
 from vit.model import VisionTransformer
 from vit.predictor import Predictor
-from vit.preprocess import Preprocess
+from vit.preprocess import Preprocess, open_image
 from vit.records import OutputError
 from vit.rollout import CLASS_METHOD, attention_map, layer_attention
 
@@ -74,6 +75,26 @@ def test_different_images_have_different_maps(absolute):
 def test_the_sheet_keeps_small_images_and_where_their_maps_lie():
     kept = module._small({"image": Image.new("RGB", (896, 600)), "box": (148.0, 0.0, 748.0, 600.0)})
     assert (kept["image"].size, kept["box"]) == ((448, 300), (74, 0, 374, 300))
+
+
+def test_of_a_large_image_no_more_is_kept_than_is_shown(tmp_path, monkeypatch):
+    """And it is reduced while no other one is decoded; whatever its mode, it looks the same, and so do small ones."""
+    monkeypatch.setattr("vit.preprocess.LARGE", 1000)
+    y, x = np.mgrid[:400, :600]
+    picture = Image.fromarray(np.stack([x // 3, y // 2, 128 + 90 * np.sin(x / 60)], -1).astype(np.uint8))
+    deep = Image.fromarray(np.asarray(picture.convert("L"), np.uint16) * 257)
+    alone, reduce = [], Image.Image.reduce
+    monkeypatch.setattr(
+        Image.Image, "reduce", lambda *given: alone.append(preprocess._one_large.locked()) or reduce(*given)
+    )
+    for name, image in (("rgb.png", picture), ("p.gif", picture.quantize(64)), ("deep.png", deep)):
+        image.save(tmp_path / name)
+        found = module.opened(str(tmp_path / name), 100, None)
+        assert found.size == (100, 67)
+        whole = open_image(tmp_path / name).resize(found.size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(found, int) - np.asarray(whole, int)).mean() < 1.5
+        assert module.opened(str(tmp_path / name), 301, None).size == (600, 400)
+    assert alone == [True] * 3
 
 
 # ---- the report ----

@@ -158,7 +158,7 @@ class Gallery:
         self, path: str, grid: Tensor, scores: Mapping[str, float], remember: bool
     ) -> tuple[str | None, dict[str, Any] | None]:
         try:
-            image = open_image(path, min_side=LARGEST, white=self.predictor.preprocess.white)
+            image = opened(path, LARGEST, self.predictor.preprocess.white)
         except ImageError:
             return None, None
         target = next(iter(scores)) if self.target is None else self.target
@@ -247,6 +247,16 @@ def _is_map(file: str) -> bool:
         return False
 
 
+def opened(path: str, longest: int, white: float | None) -> Image.Image:
+    """The image as a person sees it, with not many more pixels on its longer side than are shown."""
+
+    def reduced(image: Image.Image) -> Image.Image:
+        factor = max(image.size) // longest
+        return image.reduce(factor) if factor > 1 else image
+
+    return open_image(path, min_side=longest, white=white, reduce=reduced)
+
+
 def _small(entry: dict[str, Any]) -> dict[str, Any]:
     image = entry["image"]
     small = image.copy()
@@ -272,8 +282,7 @@ def explored(predictor: Predictor, paths: Iterable[str], method: str) -> Iterato
 
     def load(path: str) -> tuple[Image.Image, Tensor] | None:
         try:
-            shown = open_image(path, min_side=LONGEST, white=predictor.preprocess.white)
-            return shown, predictor.preprocess.load(path)
+            return opened(path, LONGEST, predictor.preprocess.white), predictor.preprocess.load(path)
         except ImageError:
             return None
 

@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def open_image(
     *,
     min_side: int | None = None,
     white: float | None = None,
+    reduce: Callable[[Image.Image], Image.Image] | None = None,
 ) -> Image.Image:
     """Decode one image as a person sees it: upright, in sRGB, transparency on white, 16 bits scaled to 8.
 
@@ -71,6 +73,7 @@ def open_image(
         min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels; none to get
             every pixel.
         white: Value that is white in grey images of more than 8 bits; none for ``scaled_to_8_bits``' own rule.
+        reduce: What is wanted of the image, for less memory: of large ones only one is there whole at a time.
 
     Raises:
         ImageError: If it is missing, no image, truncated, of another format, or larger than Pillow's bomb limit.
@@ -82,7 +85,8 @@ def open_image(
             with turn(source):
                 pgm, white = is_pgm(source), told(source, white)
                 image = source.copy()
-            return to_mode(upright(image.convert("I;16") if pgm else image), mode, white)
+            image = to_mode(upright(image.convert("I;16") if pgm else image), mode, white)
+            return reduce(image) if reduce else image
         if isinstance(source, str | Path) and not os.path.isfile(source):  # a pipe or a device could wait for ever
             os.stat(source)  # says what is wrong if there is no such file, or no permission to look
             raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
@@ -95,7 +99,8 @@ def open_image(
             with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
                 refuse_bomb(image)
-                return to_mode(upright(image.convert("I;16") if is_pgm(image) else image), mode, white)
+                opened = to_mode(upright(image.convert("I;16") if is_pgm(image) else image), mode, white)
+                return reduce(opened) if reduce else opened
     except ImageError:
         raise
     except Exception as error:  # a corrupt file raises whatever its decoder stumbles on
