@@ -35,8 +35,8 @@ DEFINITIONS = {
     "most confident errors": "The highest scores of this class among images in another class's folder, which is named.",
     "hint": (
         f"Shown from {FEWEST} images on, where the border holds {BORDER:g} times, or one cell of it {SPOT:g} times, "
-        f"what an even map and what the other classes' maps have there, and {SIGMAS} standard errors more: a frame, a "
-        "watermark or the background may decide, not the object."
+        f"what an even map and what the other classes' maps have there (a cell: or beside it), and {SIGMAS} standard "
+        "errors more: a frame, a watermark or the background may decide, not the object."
     ),
 }
 
@@ -197,38 +197,41 @@ def standard_error(values: Tensor) -> float:
 def find_hints(maps: Mapping[int, Tensor]) -> dict[int, str | None]:
     """For each class, why it may be decided by its border; none where nothing says so.
 
-    What is usual is an even map's share, or the mean of the other classes' there or beside it where that is more: a
-    class without the mark of another one is told by its absence, and that is looked for about the same place.
-
     Args:
         maps: Of each class's images, (n, rows, columns), each summing to 1.
     """
     means = {label: of_class.mean(0) for label, of_class in maps.items()}
     hints = {}
     for label, of_class in maps.items():
-        even = torch.full_like(means[label], 1 / means[label].numel())
         others = [mean for other, mean in means.items() if other != label]
-        beside = F.max_pool2d(torch.stack(others).mean(0)[None], 3, stride=1, padding=1)[0] if others else even
-        hints[label] = hint(of_class, even.maximum(beside))
+        even = torch.full_like(means[label], 1 / means[label].numel())
+        hints[label] = hint(of_class, torch.stack(others).mean(0) if others else even)
     return hints
 
 
-def hint(maps: Tensor, usual: Tensor) -> str | None:
-    """Why a class with maps (n, rows, columns) may be decided by its border, where this (rows, columns) is usual."""
+def hint(maps: Tensor, others: Tensor) -> str | None:
+    """Why a class may be decided by its border.
+
+    Args:
+        maps: Of its images, (n, rows, columns).
+        others: Mean map of the other classes, (rows, columns). A place is set against its neighbours there too: a class
+            without the mark of another one is told by its absence, and that is looked for about the same place.
+    """
     found = regions(*maps.shape[1:])
     if len(maps) < FEWEST or not found:
         return None
     border = found["border"]
-    shares, usual, even = maps[:, border], usual[border], 1 / maps[0].numel()  # (n, cells), (cells,)
+    shares, even = maps[:, border], 1 / maps[0].numel()  # (n, cells)
+    beside = F.max_pool2d(others[None], 3, stride=1, padding=1)[0, border].clamp_min(even)  # (cells,)
     surely = shares.mean(0) - SIGMAS * shares.std(0) / len(maps) ** 0.5
-    cell = int((surely / usual).argmax())
-    if surely[cell] > SPOT * usual[cell]:
+    cell = int((surely / beside).argmax())
+    if surely[cell] > SPOT * beside[cell]:
         row, column = (f"{i + 1} of {n}" for i, n in zip(border.nonzero()[cell].tolist(), border.shape, strict=True))
         times = shares.mean(0)[cell] / even
         return (
             f"One place on the border, row {row}, column {column}, counts {times:.1f} times as much as in an even map."
         )
-    whole = shares.sum(1)
-    if whole.mean() - SIGMAS * standard_error(whole) > BORDER * usual.sum():
-        return f"The border counts for {whole.mean():.0%}; in an even map it is {even * len(usual):.0%}."
+    whole, usual = shares.sum(1), max(float(others[border].sum()), even * len(beside))
+    if whole.mean() - SIGMAS * standard_error(whole) > BORDER * usual:
+        return f"The border counts for {whole.mean():.0%}; in an even map it is {even * len(beside):.0%}."
     return None
