@@ -242,6 +242,13 @@ def test_missing_file(tmp_path):
     assert refusal(tmp_path / "nowhere.safetensors") == "no such checkpoint file"
 
 
+def test_a_path_that_is_no_text_is_not_called_damage(tmp_path, path):
+    path.rename(odd := tmp_path / os.fsdecode(b"\xff.safetensors"))
+    assert refusal(odd) == "its path is no valid UTF-8; rename it, or name a link to it that is"
+    (tmp_path / "link.safetensors").symlink_to(odd)
+    load_checkpoint(tmp_path / "link.safetensors")
+
+
 def test_of_a_folder_it_says_what_to_give(tmp_path, path):
     assert refusal(tmp_path) == f"a folder, not a checkpoint file; give {path}"
     path.rename(tmp_path / "last.ckpt")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,27 @@ def test_onnx_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_outputs_that_are_no_numbers_are_no_agreement():
+    """Whichever of the two gives them, and in whichever batch."""
+
+    class Session:
+        def run(self, names: list[str], given: dict[str, np.ndarray]) -> list[np.ndarray]:
+            with torch.inference_mode():
+                found = [output.numpy().copy() for output in explained(torch.tensor(given["pixels"]))]
+            found[1][:] = np.nan if len(given["pixels"]) == 1 else found[1]
+            return found
+
+    model, about = made(depth=1)
+    explained = export.Explained(model, about).eval()
+    pixels = torch.randint(256, (2, model.in_chans, *about.preprocess.image_size), dtype=torch.uint8)
+    differences = export.compare(Session(), explained, pixels)
+    assert differences["logits"] == differences["map"] == 0
+    assert np.isnan(differences["probabilities"])
+    explained.about = replace(about, temperature=1e-45)
+    with pytest.raises(CheckpointError, match="not every value of PyTorch's probabilities is finite"):
+        export.compare(Session(), explained, pixels)
+
+
 def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -188,9 +210,10 @@ def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(tmp_path, monkeypa
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
-def test_command_does_not_overwrite_the_checkpoint(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["model.safetensors", "lr=0.1/model.safetensors"])
+def test_command_does_not_overwrite_the_checkpoint(name, tmp_path, capsys):
     model, about = made()
-    path = save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), about)
+    path = save_checkpoint(tmp_path / name, model.state_dict(), about)
     before = path.read_bytes()
     assert export.main([str(path), "--format", "onnx", "--out", str(path)]) == 2
     assert f"--out {path}: the checkpoint itself; name another file" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,27 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
     text = file.getvalue().decode().replace("\n", "")
     for expected in ("\\x1b[31m, [red], [/x], caf\\udce9, back\\ ", "[val]", "[b]model.safetensors"):
         assert expected in text
+
+
+def test_standard_output_that_refuses(tmp_path, monkeypatch, capsys):
+    """A letter that its encoding has not is escaped; what cannot be written is said in one line."""
+    model, about = made()
+    path = save_checkpoint(
+        tmp_path / "model.safetensors", model.state_dict(), replace(about, class_names=tuple("éabcd"))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", text := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert info.main([str(path)]) == 0
+    text.seek(0)
+    assert b"\\xe9, a, b, c, d" in text.buffer.read()
+    stdout = os.dup(1)
+    try:
+        with suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert info.main([str(path)]) == 2
+    finally:
+        os.dup2(stdout, 1)
+    assert capsys.readouterr().err == "vit.info: standard output: No space left on device\n"
 
 
 def test_command_refuses_in_one_line(tmp_path, capsys):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
-from vit.records import distinct, printable
+from vit.records import distinct, printable, shown
 
 SHIPPED = Path(__file__).parent / "weights" / "cifar10.safetensors"  # the weights that come with the code
 FORMAT_VERSION = 1
@@ -154,6 +154,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
             about = _description(json.loads(metadata[KEY]))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
+        if shown(str(path)) != str(path):
+            raise CheckpointError("its path is no valid UTF-8; rename it, or name a link to it that is") from error
         if path.suffix != ".safetensors":
             kinds = "only .safetensors files and the .ckpt files of train.py are read"
             raise CheckpointError(f"not a checkpoint of this project; {kinds}") from error

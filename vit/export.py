@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vit.checkpoint import Checkpoint, CheckpointError, describe, load_checkpoint
 from vit.model import VisionTransformer
+from vit.records import printable, write_out
 from vit.rollout import fuse_heads, pooling_weights, rollout
 
 TOLERANCE = 1e-4  # between PyTorch and ONNX Runtime
@@ -232,15 +233,19 @@ def data_of(path: Path) -> Path:
 
 def compare(session: Any, explained: Explained, pixels: Tensor) -> dict[str, float]:
     """Largest difference of each output over batches of 1, 2 and 3 images; of its largest number, if above 1."""
-    differences: dict[str, float] = dict.fromkeys(OUTPUTS, 0.0)
+    differences = dict.fromkeys(OUTPUTS, torch.zeros(()))
     for batch in (pixels[:1], pixels, torch.cat([pixels, pixels[:1] // 2])):
         with torch.inference_mode():
             expected = explained(batch)
         found = session.run(list(OUTPUTS), {"pixels": batch.numpy()})
         for name, ours, theirs in zip(OUTPUTS, expected, found, strict=True):
+            if not ours.isfinite().all():
+                raise CheckpointError(
+                    f"not every value of PyTorch's {name} is finite; weights or temperature may be damaged"
+                )
             difference = (ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max().clamp_min(1)
-            differences[name] = max(differences[name], difference.item())
-    return differences
+            differences[name] = differences[name].maximum(difference)  # NaN stays NaN, unlike with max
+    return {name: difference.item() for name, difference in differences.items()}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -262,20 +267,21 @@ def main(args: list[str] | None = None) -> int:
         out = options.out or _beside(options.checkpoint, options.format)
         if options.format == "onnx" and out.is_dir():
             raise CheckpointError(f"--out {out}: a folder; name the file, such as {out / 'model.onnx'}")
-        weights = options.checkpoint.rpartition("=")[2]
-        if options.format == "onnx" and out.exists() and os.path.exists(weights) and os.path.samefile(out, weights):
+        weights = (options.checkpoint, options.checkpoint.partition("=")[2])  # a file, or TIMM_NAME=FILE
+        if out.is_file() and any(os.path.isfile(file) and os.path.samefile(out, file) for file in weights):
             raise CheckpointError(f"--out {out}: the checkpoint itself; name another file")
         if options.format == "timm":
             export_timm(model, about, out)
-            print(f'{out}: timm.create_model("local-dir:{out}", pretrained=True)')
+            said = [f'{out}: timm.create_model("local-dir:{out}", pretrained=True)']
         else:
             found = export_onnx(model, about, out)
             largest = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
-            print(f"{out}: ONNX Runtime equals PyTorch (largest difference: {largest})")
+            said = [f"{out}: ONNX Runtime equals PyTorch (largest difference: {largest})"]
             if is_large(model):
-                print(f"{data_of(out)}: its weights; it needs them beside it under this name")
+                said.append(f"{data_of(out)}: its weights; it needs them beside it under this name")
+        write_out("".join(f"{printable(line)}\n" for line in said))
     except (CheckpointError, OSError) as error:
-        print(f"vit.export: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vit.export: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return 0
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit.checkpoint import Checkpoint, CheckpointError
 from vit.model import VisionTransformer
-from vit.records import printable
+from vit.records import printable, write_out
 
 SHOWN = 12  # class names that are listed
 
@@ -76,7 +76,7 @@ def plain(text: str) -> Text:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; 0, or 2 if there is no such checkpoint."""
+    """Run the command line; 0, or 2 if there is no such checkpoint or nowhere to write."""
     parser = argparse.ArgumentParser(prog="python -m vit.info", description=__doc__)
     parser.add_argument("checkpoint", help="model.safetensors, .ckpt, a folder with config.json, or a timm name")
     options = parser.parse_args(args)
@@ -85,7 +85,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         model, about = load_pretrained(options.checkpoint)
     except CheckpointError as error:
-        print(f"vit.info: {error}", file=sys.stderr)
+        print(f"vit.info: {printable(str(error))}", file=sys.stderr)
         return 2
     path = Path(options.checkpoint)
     size = f" ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else ""
@@ -94,7 +94,13 @@ def main(args: list[str] | None = None) -> int:
         for i, (name, value) in enumerate(rows.items()):
             head = "" if i else f"[bold]{section}"
             table.add_row(head, plain(name), plain(str(value)), end_section=i == len(rows) - 1)
-    Console().print(table)
+    try:
+        with (console := Console()).capture() as text:
+            console.print(table)
+        write_out(text.get())
+    except OSError as error:
+        print(f"vit.info: standard output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

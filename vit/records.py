@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,21 @@ def shown(name: str) -> str:
 def printable(text: str) -> str:
     """Text that moves no terminal: control characters, newlines included, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def write_out(text: str) -> None:
+    """Text to standard output, with escapes for letters that its encoding has not.
+
+    Raises:
+        OSError: If it cannot be written; Python does not try again at its end.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def composed(name: str) -> str:

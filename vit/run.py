@@ -226,14 +226,11 @@ def is_same(source: str, file: str | Path) -> bool:
 
 def write_classes(names: tuple[str, ...]) -> int:
     """A name a line to standard output; the exit code."""
-    from vit.records import printable
+    from vit.records import printable, write_out
 
-    encoding, text = sys.stdout.encoding or "utf-8", "".join(f"{printable(name)}\n" for name in names)
     try:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
+        write_out("".join(f"{printable(name)}\n" for name in names))
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
         if isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
         say(f"predict.py: standard output: {error.strerror}")
