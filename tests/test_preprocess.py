@@ -79,6 +79,20 @@ def test_16_bit_grey_equals_its_8_bit_source(format):
     assert difference(opened, grey) == 0
 
 
+def test_16_bit_grey_with_a_hidden_level_or_white_as_0_equals_its_8_bit_source():
+    grey = picture().convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    for level in (15, 100):
+        eight, sixteen = stored(grey, "PNG", transparency=level), stored(deep, "PNG", transparency=level * 257)
+        assert (np.asarray(grey) == level).any()
+        assert difference(open_image(sixteen, "L"), open_image(eight, "L")) == 0
+    negative = Image.fromarray(65535 - np.asarray(deep))  # Pillow turns 8 bits round by itself, also as it writes them
+    eight, sixteen = (stored(image, "TIFF", tiffinfo={262: 0}) for image in (grey, negative))
+    assert difference(open_image(eight, "L"), grey) == difference(open_image(sixteen, "L"), grey) == 0
+    with Image.open(sixteen) as opened:
+        assert difference(open_image(opened, "L"), grey) == 0
+
+
 @pytest.mark.parametrize(("kind", "white"), [(np.uint16, 4095), (np.int32, 4095), (np.float32, 2.5)])
 def test_white_is_what_is_said(kind, white):
     """All images of a set on one scale, whatever the brightest value of each; above it all is white."""

@@ -31,6 +31,7 @@ SUFFIXES = frozenset(  # all that Pillow knows of these formats; by them folders
 )
 MODES = {1: "L", 3: "RGB"}
 DRAFT_GAP = 2  # source pixels left for each target pixel when a JPEG is decoded at a reduced size
+PHOTOMETRIC = 262  # TIFF's tag that says what its values mean
 LARGE = 4_000_000  # pixels; images above it are decoded one at a time, so that memory stays flat
 
 # Pillow warns of odd metadata, which is not the user's concern. Said once for the process: a filter around each file
@@ -117,6 +118,8 @@ def told(image: Image.Image, white: float | None) -> float | None:
     tiles = getattr(image, "tile", ())  # a copy has none, nor has an image that is decoded
     if is_pgm(image) and any(t.codec_name.startswith("ppm") and t.args[1] != 65535 for t in tiles):
         image.info["scaled"] = True  # goes with the image and its copies
+    if image.mode == "I;16" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+        image.info["negative"] = True  # 0 is white, which Pillow heeds up to 8 bits only
     return None if image.info.get("scaled") else white
 
 
@@ -222,7 +225,7 @@ def deep(image: Image.Image) -> bool:
 
 
 def scaled_to_8_bits(image: Image.Image, white: float | None = None) -> Image.Image:
-    """16-bit and float images in grey levels 0 to 255; ``convert`` would clip them to white.
+    """16-bit and float images in grey levels 0 to 255, transparency on white; ``convert`` would clip them to white.
 
     Args:
         image: Of a mode that ``deep`` knows.
@@ -233,7 +236,12 @@ def scaled_to_8_bits(image: Image.Image, white: float | None = None) -> Image.Im
     largest = values.max(initial=0)
     tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
     top = white or next((top for top in tops if largest <= top), 65535)
-    return Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
+    levels = (values * (255 / top)).round().clip(0, 255).astype(np.uint8)
+    if image.info.get("negative"):
+        levels = 255 - levels
+    if (hidden := image.info.get("transparency")) is not None:
+        levels[values == hidden] = 255
+    return Image.fromarray(levels)
 
 
 @dataclass(frozen=True, kw_only=True)
