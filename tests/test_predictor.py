@@ -506,6 +506,12 @@ def test_a_class_is_known_by_either_way_to_write_an_accent(predictor):
         predictor.explain(image, target="caf\u00e9", against="cafe\u0301")
 
 
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (7, 2999)])
+def test_a_map_is_as_large_as_what_the_model_saw_of_a_thin_line(size, predictor):
+    explanation = predictor.explain(Image.new("RGB", size))
+    assert explanation.map.shape == explanation.image.crop(explanation.box).size[::-1]
+
+
 def test_no_maps_are_not_measured(predictor):
     with pytest.raises(ValueError, match="score_maps measures maps: name the method"):
         next(predictor.classify([pictures(1)], score_maps=True))

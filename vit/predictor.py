@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -320,7 +321,9 @@ class Predictor:
         if prediction.label == against and target is None:
             raise ValueError(f"against is {against!r}, which is the predicted class; name another one as target")
         about = prediction.label if target is None else target
-        box = self.preprocess.box(*opened.size)
+        left, top, right, bottom = self.preprocess.box(*opened.size)
+        (left, right), (top, bottom) = at_least_a_pixel(left, right), at_least_a_pixel(top, bottom)
+        box = left, top, right, bottom
         return Explanation(prediction, about, method, grids[0].numpy(), opened, box, against)
 
     def numbers(self, target: str | None, against: str | None) -> tuple[int | None, int | None]:
@@ -570,6 +573,11 @@ def collected(sources: Sequence[Source | Unreadable], decoded: list[Future[Tenso
     images = [result for result in results if isinstance(result, Tensor)]
     errors = [result if isinstance(result, ImageError) else None for result in results]
     return sources, errors, torch.stack(images) if images else None
+
+
+def at_least_a_pixel(low: float, high: float) -> tuple[float, float]:
+    """The edges of a box, between which rounding leaves a pixel, as it may not in an image that is a thin line."""
+    return (low, high) if round(high) > round(low) else (math.floor(low), math.floor(low) + 1)
 
 
 def subject(target: str, against: str | None) -> str:
