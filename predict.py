@@ -181,6 +181,8 @@ def check(options: argparse.Namespace) -> None:
 
 def script() -> NoReturn:
     """The command as a process: all is closed once it is stopped, and images that are still decoded are of no use."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = main()
     if code > 128:  # else Python would wait for them, or show where a second signal met it
         with suppress(OSError):

@@ -124,7 +124,7 @@ def page(rows: list[dict[str, Any]], refused: dict[str, list[str]]) -> str:
         "",
         f"Written by `python -m benchmarks.timm_coverage` with timm {timm.__version__}. Of the {len(rows) + count}",
         f"vision transformers in its registry, ours can be **{len(rows)}**: `--model.pretrained NAME`, and where the",
-        f"weights have classes `predict.py --checkpoint NAME` (timm's usual ones of {bare} have none, DINO's and",
+        f"weights have classes `predict.py --checkpoint NAME` (the default weights of {bare} have none, DINO's and",
         "SigLIP's among them: fine-tune those, or take their features: [pretrained.md](pretrained.md)). The others are",
         "refused before anything is downloaded, with the reason below.",
         "",

@@ -204,9 +204,9 @@ class ImageDataModule(LightningDataModule):
         root: Where downloads and decoded copies are kept.
         image_size: Height and width of the model's input, in pixels; none for the images' own.
         batch_size: Images in a batch of one device.
-        val_fraction: Share of the training images held out for validation where the data set brings none, in (0, 1);
+        val_fraction: Share of the training images held out for validation where the data set brings none, in [0, 1];
             0 trains on all of them, for a last run whose settings are chosen: nothing is measured then, the last
-            weights are kept, and the temperature stays 1.
+            weights are kept, and the temperature stays 1. With 1 ``validate`` measures on all images of a set.
         seed: Of the order and the augmentation; the held-out images are the same for every seed.
         num_workers: Processes that decode images; none for one a core, shared between the processes that train here.
             Sets that fit in memory are decoded once and need none after that.
@@ -241,8 +241,8 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"data.batch_size must be at least 1, got {batch_size}")
         if num_workers is not None and num_workers < 0:
             raise DataError(f"data.num_workers must be at least 0, got {num_workers}")
-        if not 0 <= val_fraction < 1:
-            raise DataError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+        if not 0 <= val_fraction <= 1:
+            raise DataError(f"data.val_fraction must be in [0, 1], got {val_fraction}")
         self.dataset, self.batch_size, self.val_fraction, self.seed = dataset, batch_size, val_fraction, seed
         self.num_workers, self.augment, self.balance, self.compile = num_workers, augment, balance, compile
         self.resumed = 0  # optimiser steps done when this run was resumed
@@ -289,7 +289,6 @@ class ImageDataModule(LightningDataModule):
         _ = self.source  # downloads and decodes; one process a node does, and the others find it done
 
     def setup(self, stage: str | None = None) -> None:
-        self.trained_on: str | None = None  # data set of the weights, where they say it
         if stage == "fit":
             self.resumed = 0  # until its checkpoint, if there is one, is restored
             vars(self).pop("preprocess", None)  # which an earlier one may have brought
@@ -303,14 +302,18 @@ class ImageDataModule(LightningDataModule):
         self.train: SplitDataset | Any  # Any: StreamDataset, as for the others
         self.val: Any = None if val is None else batches(val)
         self.test: SplitDataset | Any | None = None if test is None else batches(test)
+        if val is None and self.val_fraction == 1:
+            if stage == "fit":
+                raise DataError(f"{self.dataset}: data.val_fraction 1 leaves no image to train on; it is for validate")
+            self.val = batches(train)
         if isinstance(train, Stream):
             if self.balance:
                 raise DataError(f"{self.dataset}: data.balance needs the labels of all images; a stream has them not")
-            if val is None and self.val_fraction:
+            if self.val is None and self.val_fraction:
                 train, val = train.hold_out(self.val_fraction)
                 self.val = batches(val)
             self.train = StreamDataset(train, seed=self.seed)
-        elif val is None and self.val_fraction:
+        elif self.val is None and self.val_fraction:
             kept, held_out = stratified_split(train.labels, self.val_fraction, seed=0)  # the same for every run's seed
             if not len(held_out):
                 hint = "give more, or hold none out (data.val_fraction 0)"
@@ -370,18 +373,12 @@ class ImageDataModule(LightningDataModule):
         Args:
             before: Of its training: ``dataset`` and ``validation``, what was held out then; older files lack that.
         """
-        self.trained_on = before.get("dataset") or None
         changed = "validation" in before and self.held_out not in (None, before["validation"])
-        if changed and not self.foreign and self.stage != "test":
+        if changed and self.stage != "test" and where(str(before.get("dataset"))) == where(self.dataset):
             say_once(
                 f"{self.dataset}: other images are held out than before, as the data or data.val_fraction changed; the "
                 "model has trained on some of them, and validation finds it better than it is"
             )
-
-    @property
-    def foreign(self) -> bool:
-        """Whether the weights are known to be of another data set, so that all images of this one may measure them."""
-        return self.trained_on is not None and where(self.trained_on) != where(self.dataset)
 
     @property
     def held_out(self) -> str | None:
@@ -417,19 +414,18 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"{self.dataset}: has no validation images, and data.val_fraction 0 holds none out")
         if self.val is None:
             return []
-        if self.source.val is None and self.stage == "validate":
-            count, hint = len(self.val), "; test measures all of them" if self.foreign and self.test is None else ""
-            say_once(f"{self.dataset}: {count:,} of {len(self.train) + count:,} images, those held out{hint}")
+        if self.source.val is None and self.stage == "validate" and isinstance(self.val, SplitDataset):
+            count, all_of = len(self.val), len(self.source.train)
+            hint = "" if count == all_of else ", those held out (all of another data set: --data.val_fraction 1)"
+            say_once(f"{self.dataset}: {count:,} of {all_of:,} images{hint}")
         return self._eval_loader(self.val, "limit_val_batches")
 
     def test_dataloader(self) -> DataLoader:
-        if self.test is None and (self.source.val is not None or not self.foreign):
-            raise DataError(
-                f"{self.dataset}: has no test images; put class folders into train/ and test/, or use `validate`"
-            )
         if self.test is None:
-            self.test = batches(self.source.train)
-            say_once(f"{self.dataset}: all {len(self.test):,} images, as the model was trained on {self.trained_on}")
+            raise DataError(
+                f"{self.dataset}: has no test images; put class folders into train/ and test/, or use `validate`, for "
+                "those held out, or with --data.val_fraction 1 for all"
+            )
         return self._eval_loader(self.test, "limit_test_batches")
 
     def _eval_loader(self, dataset: SplitDataset | StreamDataset, limited_by: str) -> DataLoader:

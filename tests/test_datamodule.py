@@ -529,7 +529,7 @@ def test_files_and_their_cache_give_the_same_batches(folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"batch_size": 0}, "at least 1, got 0"), ({"val_fraction": 1.0}, r"in \[0, 1\), got 1.0")]
+    ("change", "message"), [({"batch_size": 0}, "at least 1, got 0"), ({"val_fraction": 1.5}, r"in \[0, 1\], got 1.5")]
 )
 def test_numbers_out_of_range_are_one_line(change, message):
     with pytest.raises(DataError, match=message):

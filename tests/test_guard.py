@@ -273,10 +273,15 @@ def test_lightning_does_not_ask_for_signals_at_every_step(tmp_path, at_step, mon
     ask = lambda self, loss: self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor() or loss  # noqa: E731
     at_step(1, ask)  # as it does where there are several processes
     assert fit(tmp_path) == 0
-    told = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    monkeypatch.setattr(Guard, "_check_start", told)
-    assert fit(tmp_path, "--guard.minutes=60") == 143
-    assert "stopped by SIGTERM at step 1" in capfd.readouterr().err
+    for late in (False, True):  # on a GPU a step later
+
+        def told(self: Guard, *_: Any, late: bool = late) -> None:
+            self.late = late
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Guard, "_check_start", told)
+        assert fit(tmp_path, "--guard.minutes=60") == 143
+        assert f"stopped by SIGTERM at step {1 + late}" in capfd.readouterr().err
 
 
 def test_processes_that_would_begin_at_different_steps_do_not():

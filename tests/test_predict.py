@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -636,7 +637,8 @@ def slow(err: Path, args: list[str]) -> None:
 
     sys.argv, sys.stderr, Predictor._decode = args, err.open("w"), never  # type: ignore[method-assign]
     torch.set_num_threads(1)
-    predict.script()
+    project = tomllib.loads((Path(predict.__file__).parent / "pyproject.toml").read_text())["project"]
+    getattr(predict, project["scripts"]["vit-predict"].removeprefix("predict:"))()
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])

@@ -344,9 +344,13 @@ def test_of_a_backbone_there_are_features_and_maps_but_no_classes(tmp_path):
     (found,) = predictor.features_iter([image])
     torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-6)
     assert predictor.mapped(pixels, "rollout")[1].sum() == pytest.approx(1, abs=1e-5)
-    for ask in (predictor.predict, predictor.explain):
+    refused: tuple[Any, ...] = (
+        *(partial(ask, image) for ask in (predictor.predict, predictor.explain)),
+        *(partial(predictor.scores, pixels), partial(predictor.mapped, pixels, "lrp")),
+    )
+    for ask in refused:
         with pytest.raises(ValueError, match=f"{path}: a backbone without classes; fine-tune it with --model.pretrain"):
-            ask(image)
+            ask()
 
 
 # Fitting to new data --------------------------------------------------------------------------------------------------

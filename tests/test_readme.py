@@ -97,7 +97,7 @@ def test_a_probe_of_features(cifar10_jpeg: Path, tmp_path: Path, monkeypatch: py
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["probe"].predict(list(names["predictor"].features_iter(["photo.jpg"]))).tolist() == ["ship"]
-    assert names["probe"].score(names["features"], [path.parent.name for path in names["paths"]]) == 1
+    assert names["probe"].score(names["features"], names["labels"]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -753,26 +752,29 @@ def test_a_run_that_goes_on_says_so_where_files_have_other_names(tmp_path, capfd
 
 
 def test_all_images_of_another_folder_measure_a_model(tmp_path, capfd):
-    """And of its own only those that it has not seen."""
-    for name, count in {"seen": 40, "other": 30}.items():
-        for i in range(count):
-            (place := tmp_path / name / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-            Image.new("L", (8, 8), 6 * i).save(place / f"{i:02}.png")
-    options = [f"--data.root={tmp_path}", "--data.val_fraction=0.5"]
+    """At the size that it was trained for, whatever theirs; of its own folder it is said that it has seen most."""
     root, seen, other = (tmp_path / name for name in ("run", "seen", "other"))
-    assert run("fit", root, *options, f"--data.dataset={seen}", "--trainer.max_epochs=1") == 0
-    weights = [f"--model.pretrained={root / 'model.safetensors'}", f"--trainer.default_root_dir={root}", *options]
+    for folder, count, sizes in ((seen, 40, (8, 8)), (other, 30, (9, 12))):
+        for i in range(count):
+            (place := folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (sizes[i % 3 == 0], 8), 6 * i).save(place / f"{i:02}.png")
+    options = [f"--data.root={tmp_path}", f"--data.dataset={seen}/"]
+    assert run("fit", root, *options, "--trainer.max_epochs=1") == 0
+    alone = [f"--model.pretrained={root / 'model.safetensors'}", "--data.val_fraction=1", options[0]]
     capfd.readouterr()
-    for call in (partial(run, "test", root, "--ckpt_path=last", *options), lambda d: train.main(["test", *weights, d])):
-        assert call(f"--data.dataset={other}") == 0
-        counts = [line.split(",")[1:] for line in (root / "test/confusion.csv").read_text().splitlines()[1:]]
-        assert [sum(map(int, line)) for line in counts] == [15, 15]
-        assert call(f"--data.dataset={seen}/") == 2
+    assert train.main(["validate", *alone, f"--data.dataset={other}", f"--trainer.default_root_dir={root}"]) == 0
+    counts = [line.split(",")[1:] for line in (root / "validate/confusion.csv").read_text().splitlines()[1:]]
+    assert [sum(map(int, line)) for line in counts] == [15, 15]
+    assert run("validate", root, "--ckpt_path=last", *options, "--data.val_fraction=1") == 0
+    assert run("validate", root, "--ckpt_path=last", *options) == 0
     said = capfd.readouterr().err
-    assert f"{other}: all 30 images, as the model was trained on {seen}" in said  # once, as this is one process
-    assert said.count(f"{seen}/: has no test images") == 2
-    assert run("validate", root, "--ckpt_path=last", *options, f"--data.dataset={other}") == 0
-    assert f"{other}: 16 of 30 images, those held out; test measures all of them" in capfd.readouterr().err
+    assert f"{other}: 30 of 30 images\n" in said
+    assert said.count("other images are held out than before") == 1
+    assert f"{seen}/: 4 of 40 images, those held out (all of another data set: --data.val_fraction 1)\n" in said
+    assert run("test", root, "--ckpt_path=last", *options) == run("fit", root, *options, "--data.val_fraction=1") == 2
+    said = capfd.readouterr().err
+    assert f"{seen}/: has no test images" in said
+    assert f"{seen}/: data.val_fraction 1 leaves no image to train on" in said
 
 
 def test_a_run_that_goes_on_says_so_where_other_images_are_held_out(tmp_path, capfd):

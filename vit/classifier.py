@@ -102,6 +102,7 @@ class ViTClassifier(LightningModule):
         if not 0 < layer_decay <= 1:
             raise ValueError(f"model.layer_decay must be in (0, 1], got {layer_decay}")
         self.pretrained, self.adapted = pretrained, []
+        self.moved = False  # whether these are no more the weights of ``pretrained``
         self.exported: tuple[Path, Checkpoint] | None = None  # the file that a fit leaves behind
         self.resumed = False  # whether this training goes on from a checkpoint
         self.measured = False  # whether it holds the best of weights that were validated
@@ -190,8 +191,8 @@ class ViTClassifier(LightningModule):
             self.resumed, self.minutes, self.validated = False, 0.0, None
         # Weights of ours from elsewhere, that may have seen what is held out here: a checkpoint's state says it itself.
         compare = getattr(getattr(self.trainer, "datamodule", None), "compare_training", None)
-        ours = self.pretrained == "cifar10" or os.path.isfile(self.pretrained or "")
-        if compare and ours and self.trainer.ckpt_path is None:
+        theirs = os.path.isfile(self.pretrained or "") and not self.moved and self.trainer.ckpt_path is None
+        if compare and theirs:
             compare(load_pretrained(str(self.pretrained))[1].training)
 
     def configure_model(self) -> None:
@@ -337,7 +338,7 @@ class ViTClassifier(LightningModule):
         return compiled(self.vit) if self.compiles else self.vit
 
     def on_fit_start(self) -> None:
-        self.started = time.monotonic()
+        self.started, self.moved = time.monotonic(), True
         if self.compiles and (fault := compiler_fault(self.device)):
             self.compiles = False
             if data := getattr(self.trainer, "datamodule", None):
@@ -406,7 +407,7 @@ class ViTClassifier(LightningModule):
         theirs = checkpoint["vit"]
         self.refuse_other(theirs)
         # The weights belong to their preprocessing, whatever the mean and deviation of the images that come now.
-        self.preprocess = Preprocess(**theirs["preprocess"])
+        self.preprocess, self.moved = Preprocess(**theirs["preprocess"]), True
         trainer = self._trainer
         if trainer is None:  # load_from_checkpoint
             return

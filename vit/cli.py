@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from vit.checkpoint import load_checkpoint
+from vit.checkpoint import SHIPPED, load_checkpoint
 from vit.classifier import MOST_TABLED
 from vit.config import configs_first, mentioned
 from vit.folder import RESULTS, check_writable, locked, of_another, put_aside, put_back, refuse_foreign
@@ -158,6 +158,9 @@ class TrainCLI(LightningCLI):
         trainer["default_root_dir"] = place(trainer["default_root_dir"])
         if config["pretrained"]:
             leave_out(ARCHITECTURE - mentioned(given, "model"), config)
+            alone = subcommand in ("validate", "test") and settings.get("ckpt_path") is None
+            if alone and "image_size" not in mentioned(given, "data"):  # or the images' own size would be measured
+                settings["data"]["image_size"] = size_of(config["pretrained"])
         if settings["data"]["balance"] and "monitor" not in mentioned(given, "checkpoint"):
             settings["checkpoint"]["monitor"] = "val/balanced_acc"  # val/acc is hardly moved by small classes
 
@@ -357,7 +360,8 @@ class TrainCLI(LightningCLI):
         check_trainer(config)
         ends = config["max_epochs"] is not None or config["max_steps"] != -1 or config["max_time"]
         if self.subcommand == "fit" and not ends and not config["fast_dev_run"]:  # Lightning would do 1,000 epochs
-            raise ValueError("how long? Give a --config (such as configs/folder.yaml), or --trainer.max_epochs")
+            limits = "--trainer.max_epochs, max_steps or max_time"
+            raise ValueError(f"how long? Give a --config (such as configs/folder.yaml), or {limits}")
         for part, of in {"model": (self.model_class, VisionTransformer), "data": (self.datamodule_class,)}.items():
             given = self._get(self.config, part)
             for name, setting in chain.from_iterable(signature(each).parameters.items() for each in of):
@@ -437,6 +441,13 @@ def check_trainer(config: Any) -> None:
         raise ValueError(
             f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
         )
+
+
+def size_of(pretrained: str) -> list[int] | None:
+    """Height and width of the images that a file of ours was trained for; none of others."""
+    if pretrained != "cifar10" and not os.path.isfile(pretrained):
+        return None
+    return list(load_checkpoint(SHIPPED if pretrained == "cifar10" else pretrained)[1].preprocess.image_size)
 
 
 def check_monitor(name: str, options: Any) -> None:

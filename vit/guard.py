@@ -81,8 +81,9 @@ class Guard(Checkpoint):
         for signum in handled:
             signal.signal(signum, self._receive)
         # At every step Lightning asks all processes if its handler of SIGTERM was called, and waits for the devices.
-        if trainer.received_sigterm:
-            self.received = signal.SIGTERM
+        connector = trainer._signal_connector
+        if connector.received_sigterm:  # by which Lightning would end this process alone
+            self.received, connector.received_sigterm = signal.SIGTERM, False
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

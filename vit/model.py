@@ -529,7 +529,7 @@ class VisionTransformer(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) from the tokens after the last block and ``norm``, all or those the head reads.
 
-        With ``pre_logits`` what the head makes them of, (B, embed_dim).
+        With ``pre_logits`` what the head makes the logits of, (B, embed_dim).
         """
         pooled = x[:, 0] if self.pool == "token" else x[:, self.num_prefix_tokens :].mean(1)
         pooled = self.fc_norm(pooled)

@@ -26,7 +26,7 @@ from vit.inputs import Unreadable
 from vit.model import VisionTransformer
 from vit.preprocess import ImageError, open_image, reason, told, turn, usable_cores
 from vit.records import composed
-from vit.rollout import CLASS_METHOD, attention_map
+from vit.rollout import CLASS_METHOD, CLASS_SPECIFIC, attention_map
 from vit.visualize import enlarged, overlay
 
 File = str | Path | IO[bytes] | Image.Image
@@ -498,6 +498,7 @@ class Predictor:
     @torch.inference_mode()
     def scores(self, pixels: Tensor) -> Tensor:
         """Probabilities (B, classes), on the CPU in float32, of uint8 pixels (B, C, H, W)."""
+        self.numbers(None, None)  # there must be some
         images = self.normalized(pixels)
         with self._autocast():
             logits = self._logits(images).float()
@@ -537,7 +538,12 @@ class Predictor:
             method: A name in ``vit.rollout.METHODS``.
             target: Number of the class the maps are about; none for the predicted one.
             against: Number of the class to set it against; none for no contrast.
+
+        Raises:
+            ValueError: If the map is about a class and there are none, or the pixels are not the model's.
         """
+        if method in CLASS_SPECIFIC:
+            self.numbers(None, None)
         logits, grids = attention_map(
             self.model, self.normalized(pixels), method=method, target=target, against=against
         )

@@ -239,7 +239,7 @@ def scaled_to_8_bits(image: Image.Image, white: float | None = None) -> Image.Im
     levels = (values * (255 / top)).round().clip(0, 255).astype(np.uint8)
     if image.info.get("negative"):
         levels = 255 - levels
-    if (hidden := image.info.get("transparency")) is not None:
+    if isinstance(hidden := image.info.get("transparency"), int | float):
         levels[values == hidden] = 255
     return Image.fromarray(levels)
 
