@@ -465,6 +465,8 @@ class BalancedAccuracy(Metric):
 class ConfusionMatrix(Metric):
     """Images of each class (row) that were taken for each class (classes, classes).
 
+    torchmetrics' own makes a table for each batch, with deterministic algorithms one for each image.
+
     Args:
         classes: Their number.
     """
