@@ -27,8 +27,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to")
     parser.add_argument("--root", default="datasets", help="where the original is, or goes [datasets]")
     options = parser.parse_args()
-    for split in ("train", "test"):
-        write(options.folder / split, CIFAR10(options.root, train=split == "train", download=True))
+    try:
+        for split in ("train", "test"):
+            write(options.folder / split, CIFAR10(options.root, train=split == "train", download=True))
+    except (OSError, RuntimeError) as error:  # no network, no space, a wrong checksum
+        raise SystemExit(f"{options.folder}: cannot be made ({error})") from None
 
 
 if __name__ == "__main__":

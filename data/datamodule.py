@@ -414,17 +414,25 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"{self.dataset}: has no validation images, and data.val_fraction 0 holds none out")
         if self.val is None:
             return []
-        if self.source.val is None and self.stage == "validate" and isinstance(self.val, SplitDataset):
-            count, all_of = len(self.val), len(self.source.train)
-            hint = "" if count == all_of else ", those held out (all of another data set: --data.val_fraction 1)"
-            say_once(f"{self.dataset}: {count:,} of {all_of:,} images{hint}")
+        if self.stage == "validate" and isinstance(self.val, SplitDataset):
+            say_once(f"{self.dataset}: {self.told_of_val()}")
         return self._eval_loader(self.val, "limit_val_batches")
+
+    def told_of_val(self) -> str:
+        """Which images validate."""
+        count, all_of = len(self.val), len(self.source.train)
+        if self.source.val is not None:
+            return f"{count:,} images, its own for validation"
+        if count < all_of:
+            hint = "to measure on all images, of a data set that the model has not seen: --data.val_fraction 1"
+            return f"{count:,} of {all_of:,} images, those held out ({hint})"
+        return f"all {count:,} images" + (", but for its test images" if self.test is not None else "")
 
     def test_dataloader(self) -> DataLoader:
         if self.test is None:
             raise DataError(
-                f"{self.dataset}: has no test images; put class folders into train/ and test/, or use `validate`, for "
-                "those held out, or with --data.val_fraction 1 for all"
+                f"{self.dataset}: has no test images; put class folders into train/ and test/, or use `validate`, "
+                "which measures on those held out"
             )
         return self._eval_loader(self.test, "limit_test_batches")
 

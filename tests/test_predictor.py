@@ -177,12 +177,13 @@ def test_features_are_what_the_head_classifies(predictor, tmp_path):
         (torch.rand(2, 3, *SIZE), r"torch.float32 (2, 3, 16, 24)"),  # would be divided by 255 once more
         (torch.zeros(2, 3, 32, 48, dtype=torch.uint8), r"torch.uint8 (2, 3, 32, 48)"),
         (torch.zeros(3, *SIZE, dtype=torch.uint8), r"torch.uint8 (3, 16, 24)"),
+        ("photo.jpg", "str"),
     ],
 )
 def test_pixels_of_another_kind_or_size_are_refused(predictor, pixels, found):
-    expected = re.escape(f"expected uint8 pixels ('B', 3, 16, 24), as preprocess.load makes them, got {found}")
+    expected = f"expected a torch.uint8 tensor (B, 3, 16, 24), of images as preprocess.load makes them, got {found}"
     for ask in (predictor.scores, predictor.features, lambda given: predictor.mapped(given, "rollout")):
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(ValueError, match=re.escape(expected)):
             ask(pixels)
 
 

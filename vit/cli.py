@@ -159,7 +159,8 @@ class TrainCLI(LightningCLI):
         if config["pretrained"]:
             leave_out(ARCHITECTURE - mentioned(given, "model"), config)
             alone = subcommand in ("validate", "test") and settings.get("ckpt_path") is None
-            if alone and "image_size" not in mentioned(given, "data"):  # or the images' own size would be measured
+            cut = settings["data"]["dataset"] not in ("digits", "cifar10", "cifar100")  # which have one size
+            if alone and cut and "image_size" not in mentioned(given, "data"):  # or it would be the images' own
                 settings["data"]["image_size"] = size_of(config["pretrained"])
         if settings["data"]["balance"] and "monitor" not in mentioned(given, "checkpoint"):
             settings["checkpoint"]["monitor"] = "val/balanced_acc"  # val/acc is hardly moved by small classes
@@ -191,7 +192,8 @@ class TrainCLI(LightningCLI):
         elif path == "last" and (root / "last.ckpt").exists():
             path = root / "last.ckpt"
         if path is None and subcommand != "fit" and config["model"]["pretrained"] is None:
-            raise ValueError(f"{subcommand} needs trained weights: --ckpt_path best (or last, or FILE.ckpt)")
+            ways = "--ckpt_path best (or last, or FILE.ckpt), or --model.pretrained FILE"
+            raise ValueError(f"{subcommand} needs trained weights: {ways}")
         if path not in (None, "last"):
             if Path(path).suffix != ".ckpt":
                 way = f"; weights alone go to --model.pretrained {path}" if str(path).endswith(".safetensors") else ""
@@ -235,7 +237,14 @@ class TrainCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") is not None:
             return
         if any(note.startswith("head replaced") for note in self.model.adapted):
-            raise ValueError(f"{self.subcommand} needs trained weights: {self.model.pretrained} knows other classes")
+            from vit.pretrained import load_pretrained
+
+            theirs, ours = load_pretrained(self.model.pretrained)[1].class_names, self.model.class_names
+            odd = min(set(theirs) ^ set(ours), default="the order")
+            raise ValueError(
+                f"{self.model.pretrained} knows {len(theirs):,} classes, here are {len(ours):,}; {odd} differs, and "
+                "they have to be the same"
+            )
         self.datamodule.preprocess = self.model.measure_pretrained()
 
     before_test = before_validate

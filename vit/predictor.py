@@ -555,10 +555,12 @@ class Predictor:
         Raises:
             ValueError: If they are no such pixels, or of another size than the model's.
         """
-        expected = (self.model.in_chans, *self.preprocess.image_size)
-        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
-            found = f"{pixels.dtype} {tuple(pixels.shape)}"
-            raise ValueError(f"expected uint8 pixels {('B', *expected)}, as preprocess.load makes them, got {found}")
+        channels, height, width = expected = (self.model.in_chans, *self.preprocess.image_size)
+        is_tensor = isinstance(pixels, Tensor)
+        if not is_tensor or pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
+            found = f"{pixels.dtype} {tuple(pixels.shape)}" if is_tensor else type(pixels).__name__
+            right = f"a torch.uint8 tensor (B, {channels}, {height}, {width})"
+            raise ValueError(f"expected {right}, of images as preprocess.load makes them, got {found}")
         if self.device.type == "cuda":  # pinned memory goes over while the device computes
             pixels = pixels.pin_memory()
         return self.preprocess.normalize(pixels.to(self.device, non_blocking=True))
