@@ -69,7 +69,10 @@ def signals() -> Iterator[Callable[[], None]]:
 
     def stop(number: int, frame: object) -> None:
         heard.append(number)
-        if not isinstance(sys.exception(), Stopped):  # the end is on its way; a second one must not break it
+        error = sys.exception()
+        while error is not None and not isinstance(error, Stopped):
+            error = error.__context__  # which is being handled while that one is
+        if error is None:  # else the end is on its way; a second one must not break it
             raise Stopped(number)
 
     def check() -> None:
