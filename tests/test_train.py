@@ -509,6 +509,8 @@ def test_classes_of_different_size(tmp_path, capfd):
     assert [row[0] for row in rows[1:]] == ["few", "many", "some"]
     counts = torch.tensor([[int(cell) for cell in row[1:]] for row in rows[1:]])
     assert counts.sum(1).tolist() == [5, 5, 5]
+    right = counts.diagonal().sum() / 15  # of classes of one size
+    assert re.search(rf"^acc {right:.2%}, balanced acc {right:.2%}, ece .*, loss \d\.\d{{4}}$", printed, re.M)
     predictor = Predictor.from_checkpoint(root / "model.safetensors", device="cpu")
     for label, row in zip(predictor.class_names, counts.tolist(), strict=True):
         files = sorted((tmp_path / "images" / "test" / label).iterdir())
@@ -535,7 +537,9 @@ def test_a_table_too_large_is_said_not_to_be_made(fitted, tmp_path, monkeypatch,
     (tmp_path / "run" / "test").mkdir()
     (tmp_path / "run" / "test" / "confusion.csv").write_text("of an earlier test")
     assert run("test", tmp_path / "run", "--ckpt_path=best") == 0
-    assert "no table of the classes, and no confusion.csv: 10 classes are more than" in capfd.readouterr().out
+    *_, why, measured = capfd.readouterr().out.splitlines()
+    assert why.startswith("no table of the classes, and no confusion.csv: 10 classes are more than")
+    assert measured.startswith(f"acc {table(tmp_path / 'run' / 'test')[-1]['test/acc']:.2%}, acc5 ")
     assert not (tmp_path / "run" / "test" / "confusion.csv").exists()
 
 

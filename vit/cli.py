@@ -30,7 +30,7 @@ from vit.guard import Guard
 from vit.history import History
 from vit.model import VisionTransformer
 from vit.predictor import has_bfloat16
-from vit.progress import TrainingProgress, class_table
+from vit.progress import TrainingProgress, class_table, measured
 from vit.saving import Best, CheckpointFile, keeper_of
 
 COMMANDS = {
@@ -106,7 +106,9 @@ class TrainCLI(LightningCLI):
         Not Lightning's ``predict``: that is what predict.py is for.
         """
         names = [self.command] if self.command else COMMANDS
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in names}
+        ours = {"verbose"}  # Lightning's table has sixteen digits: see ``after_test``
+        theirs = LightningCLI.subcommands().items()
+        return {name: skip if name == "fit" else skip | ours for name, skip in theirs if name in names}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -226,7 +228,7 @@ class TrainCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """What goes on is our choice: Lightning would take ``last`` for the latest file of any ModelCheckpoint."""
         given = super()._prepare_subcommand_kwargs(subcommand)
-        return {**given, "ckpt_path": self.going_on} if subcommand == "fit" else given
+        return {**given, "ckpt_path": self.going_on} if subcommand == "fit" else {**given, "verbose": False}
 
     def _writes(self, subcommand: str) -> bool:
         """Whether this process is the one that puts a new state into the run's folder."""
@@ -342,7 +344,7 @@ class TrainCLI(LightningCLI):
                 )
 
     def after_test(self) -> None:
-        """How well each class is told: a table, and the whole matrix in a file."""
+        """How well each class is told: a table, and the whole matrix in a file; and what was measured, in a line."""
         confusion, names = self.model.confusion, self.model.class_names
         if not self.trainer.is_global_zero:
             return
@@ -352,6 +354,7 @@ class TrainCLI(LightningCLI):
             print(
                 f"no table of the classes, and no confusion.csv: {len(names):,} classes are more than {MOST_TABLED:,}"
             )
+            print(measured(self.trainer.callback_metrics))
             return
         Console().print(class_table(confusion, names))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -360,6 +363,7 @@ class TrainCLI(LightningCLI):
             rows.writerow(["of the class", *(f"named {name}" for name in names)])
             rows.writerows([name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True))
         print(f"all of them, what was taken for what: {path}")
+        print(measured(self.trainer.callback_metrics))
 
     after_validate = after_test
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -198,6 +198,15 @@ class TrainingProgress(ProgressBar):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def measured(metrics: Mapping[str, Tensor]) -> str:
+    """What was measured, in a line: shares in percent, the loss as it is."""
+    words = []
+    for name, value in sorted(metrics.items(), key=lambda item: item[0].endswith("loss")):
+        word = name.partition("/")[2].replace("_", " ")
+        words.append(f"{word} {value:.4f}" if word == "loss" else f"{word} {value:.2%}")
+    return ", ".join(words)
 
 
 def class_table(confusion: Tensor, names: Sequence[str], most: int = 30) -> Table:
