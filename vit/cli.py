@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from vit.checkpoint import SHIPPED, load_checkpoint
+from vit.checkpoint import load_checkpoint
 from vit.classifier import MOST_TABLED
 from vit.config import configs_first, mentioned
 from vit.folder import RESULTS, check_writable, locked, of_another, put_aside, put_back, refuse_foreign
@@ -30,6 +30,7 @@ from vit.guard import Guard
 from vit.history import History
 from vit.model import VisionTransformer
 from vit.predictor import has_bfloat16
+from vit.pretrained import load_pretrained
 from vit.progress import TrainingProgress, class_table, measured
 from vit.saving import Best, CheckpointFile, keeper_of
 
@@ -239,8 +240,6 @@ class TrainCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") is not None:
             return
         if any(note.startswith("head replaced") for note in self.model.adapted):
-            from vit.pretrained import load_pretrained
-
             theirs, ours = load_pretrained(self.model.pretrained)[1].class_names, self.model.class_names
             odd = min(set(theirs) ^ set(ours), default="the order")
             raise ValueError(
@@ -460,7 +459,7 @@ def size_of(pretrained: str) -> list[int] | None:
     """Height and width of the images that a file of ours was trained for; none of others."""
     if pretrained != "cifar10" and not os.path.isfile(pretrained):
         return None
-    return list(load_checkpoint(SHIPPED if pretrained == "cifar10" else pretrained)[1].preprocess.image_size)
+    return list(load_pretrained(pretrained)[1].preprocess.image_size)
 
 
 def check_monitor(name: str, options: Any) -> None:
