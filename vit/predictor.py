@@ -394,7 +394,15 @@ class Predictor:
         numbers = self.numbers(target, against)
 
         def compute(decoded: Decoded) -> Batch:
-            return self._compute(*decoded, method, *numbers, score_maps)
+            sources, errors, pixels = decoded
+            if pixels is None:
+                return Batch(sources, errors, torch.empty(0, len(self.class_names)))
+            if method is None:
+                return self._checked(sources, errors, self.scores(pixels))
+            scores, grids = self.mapped(pixels, method, *numbers)
+            about = scores.argmax(1) if numbers[0] is None else torch.full((len(scores),), numbers[0])
+            trust = self.map_scores(pixels, grids, about) if score_maps else None
+            return self._checked(sources, errors, scores, grids, trust)
 
         yield from map(compute, self._decoded(batches, workers))
 
@@ -433,26 +441,6 @@ class Predictor:
             return self.preprocess.load(as_file(source))
         except ImageError as error:
             return error
-
-    def _compute(
-        self,
-        sources: Sequence[Source | Unreadable],
-        errors: list[ImageError | None],
-        pixels: Tensor | None,
-        method: str | None,
-        target: int | None,
-        against: int | None,
-        score_maps: bool,
-    ) -> Batch:
-        if pixels is None:
-            return Batch(sources, errors, torch.empty(0, len(self.class_names)))
-        if method is None:
-            return self._checked(sources, errors, self.scores(pixels))
-        scores, grids = self.mapped(pixels, method, target, against)
-        about = scores.argmax(1) if target is None else torch.full((len(scores),), target)
-        return self._checked(
-            sources, errors, scores, grids, self.map_scores(pixels, grids, about) if score_maps else None
-        )
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
