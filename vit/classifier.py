@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -394,9 +393,7 @@ class ViTClassifier(LightningModule):
             if was != now:  # there may be thousands, of which one says it
                 counts = f"of {len(theirs['class_names'])} classes and of {len(self.class_names)}"
                 raise ValueError(f"the checkpoint's class {number} is {was}, here it is {now}, {counts}")
-        before = {
-            name: p.default for name, p in signature(VisionTransformer).parameters.items()
-        }  # older files lack some
+        before = VisionTransformer.__init__.__kwdefaults__ or {}  # older files lack some
         for name, value in {**before, **theirs["architecture"]}.items():
             if name != "drop_path_rate" and ours[name] != value:  # which has no weights: a matter of this training
                 raise ValueError(f"the checkpoint's model has {name} {value}, this one {ours[name]}")
