@@ -353,15 +353,14 @@ class TrainCLI(LightningCLI):
             print(
                 f"no table of the classes, and no confusion.csv: {len(names):,} classes are more than {MOST_TABLED:,}"
             )
-            print(measured(self.trainer.callback_metrics))
-            return
-        Console().print(class_table(confusion, names))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", errors="surrogateescape") as file:
-            rows = csv.writer(file)
-            rows.writerow(["of the class", *(f"named {name}" for name in names)])
-            rows.writerows([name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True))
-        print(f"all of them, what was taken for what: {path}")
+        else:
+            Console().print(class_table(confusion, names))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", newline="", errors="surrogateescape") as file:
+                rows = csv.writer(file)
+                rows.writerow(["of the class", *(f"named {name}" for name in names)])
+                rows.writerows([name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True))
+            print(f"all of them, what was taken for what: {path}")
         print(measured(self.trainer.callback_metrics))
 
     after_validate = after_test
