@@ -44,7 +44,7 @@ def main(args: ArgsType = None) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hints and advertisements
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what --trainer.profiler asks for
     for text in (
-        ".*args parameter is intended to run from within Python.*",  # which is how our tests run it
+        ".*args parameter is intended to run from within Python.*",  # TrainCLI gives it the words, in another order
         ".*does not have many workers.*",  # small sets are in memory and need none
         ".*Experiment logs directory.*exists and is not empty.*",  # a run may be started again
         ".*Checkpoint directory.*exists and is not empty.*",

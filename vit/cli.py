@@ -97,8 +97,7 @@ class TrainCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any):
         words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
         self.command = words[0] if isinstance(words, list) and words and words[0] in COMMANDS else None
-        if self.command:
-            kwargs["args"] = configs_first(words)
+        kwargs["args"] = configs_first(words) if self.command else words
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -155,17 +154,17 @@ class TrainCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
         settings = self.config[subcommand] if subcommand else self.config
-        config, trainer, given = settings["model"], settings["trainer"], sys.argv[1:] if args is None else args
+        config, trainer = settings["model"], settings["trainer"]
         if isinstance(settings["seed_everything"], bool):
             raise ValueError("seed_everything takes a number: all that is drawn depends on it")
         trainer["default_root_dir"] = place(trainer["default_root_dir"])
         if config["pretrained"]:
-            leave_out(ARCHITECTURE - mentioned(given, "model"), config)
+            leave_out(ARCHITECTURE - mentioned(args, "model"), config)
             alone = subcommand in ("validate", "test") and settings.get("ckpt_path") is None
             cut = settings["data"]["dataset"] not in ("digits", "cifar10", "cifar100")  # which have one size
-            if alone and cut and "image_size" not in mentioned(given, "data"):  # or it would be the images' own
+            if alone and cut and "image_size" not in mentioned(args, "data"):  # or it would be the images' own
                 settings["data"]["image_size"] = size_of(config["pretrained"])
-        if settings["data"]["balance"] and "monitor" not in mentioned(given, "checkpoint"):
+        if settings["data"]["balance"] and "monitor" not in mentioned(args, "checkpoint"):
             settings["checkpoint"]["monitor"] = "val/balanced_acc"  # val/acc is hardly moved by small classes
 
     def instantiate_classes(self) -> None:
