@@ -56,7 +56,6 @@ def main(args: ArgsType = None) -> int:
         ".*Total length of `list` across ranks is zero.*",  # data.val_fraction 0: nothing to validate on
         ".*could not find the monitored key.*",  # nothing was validated; the end of the run says so
         ".*WeightAveraging callback with a model that overrides the configure_model.*",  # which shards only for FSDP
-        ".*ckpt_path=.last..* is set, but there is no last checkpoint.*",  # a first run
     ):
         warnings.filterwarnings("ignore", text)
     try:
