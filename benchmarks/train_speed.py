@@ -279,16 +279,9 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(between(a, b) for a, b in pairwise(moments[3:]))
 
 
-class Parts(TrainCLI):
-    """train.py's command line, for its model and data alone."""
-
-    def _parse_ckpt_path(self) -> None:
-        pass
-
-
 def load(config: str, dataset: str, *more: str) -> Any:
     """The config's model and data, without its trainer."""
-    cli = Parts(
+    cli = TrainCLI(
         ViTClassifier,
         ImageDataModule,
         args=["--config", config, "--data.dataset", dataset, "--trainer.logger=false", *more],

@@ -187,7 +187,9 @@ class TrainCLI(LightningCLI):
 
         For a measurement Lightning then takes the model's arguments from the file.
         """
-        config = self.config[subcommand := self.config["subcommand"]]
+        if (subcommand := self.config.get("subcommand")) is None:
+            return  # the parts alone are wanted: run=False
+        config = self.config[subcommand]
         root, path = Path(config["trainer"]["default_root_dir"]), config.get("ckpt_path")
         if path == "best" or (path == "last" and subcommand != "fit"):
             path = config["ckpt_path"] = str(root / f"{path}.ckpt")
