@@ -161,24 +161,19 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
     Args:
         labels: Class numbers (N,).
-        fraction: Share of the second part, in [0, 1); 0 leaves it empty.
+        fraction: Share of the second part, in (0, 1).
         seed: Seed of the draw.
 
     Returns:
         Sorted indices of the first and second part. A class of two or more images has at least one in each; the one
         image of a class goes to the first.
-
-    Raises:
-        DataError: If the fraction is out of range.
     """
-    if not 0 <= fraction < 1:
-        raise DataError(f"the held-out fraction is {fraction}, it must be at least 0 and below 1")
     generator = torch.Generator().manual_seed(seed)
     second = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
         order = torch.randperm(len(members), generator=generator)
-        if fraction > 0 and len(members) > 1:
+        if len(members) > 1:
             count = min(max(round(len(members) * fraction), 1), len(members) - 1)
             second[members[order[:count]]] = True
     return (~second).nonzero().flatten(), second.nonzero().flatten()
