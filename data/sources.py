@@ -28,8 +28,6 @@ from data.labels import SPLITS, TABLES, list_images, list_table, refuse_among
 from data.stream import Shards, Stream, load_tars, stream_statistics
 from vit.preprocess import Preprocess
 
-__all__ = ["DataError", "ImageFiles", "Source", "Split", "Stream", "load_source", "stratified_split"]
-
 CIFAR_STATISTICS = {  # of the training images, as published with most recipes
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
