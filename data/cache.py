@@ -64,9 +64,8 @@ def one_line(error: Exception) -> str:
 class BadFiles(DataError):
     """Images that cannot be read: of their number in the split, a line each that names the file and what is wrong."""
 
-    def __init__(self, reasons: Mapping[int, str], total: int):
-        more = f" (and {len(reasons) - 1} more of {total} files)" if len(reasons) > 1 else ""
-        super().__init__(next(iter(reasons.values())) + more)
+    def __init__(self, reasons: Mapping[int, str]):
+        super().__init__(next(iter(reasons.values())))
         self.reasons = reasons
 
 
@@ -196,7 +195,7 @@ def cached_images(files: ImageFiles, *, name: str, folder: Path, num_workers: in
         return torch.from_numpy(pixels)
     known = known_bad(files, found)
     if known:
-        raise BadFiles(known, len(files))
+        raise BadFiles(known)
     try:
         if small:
             write_array(path, files.shape, decode(files, num_workers, f"decoding {name}"))
@@ -383,7 +382,7 @@ def decode(files: ImageFiles, num_workers: int, title: str, *, keep: bool = True
     if wrong_size:
         raise DataError(wrong_size)
     if unreadable:
-        raise BadFiles(unreadable, len(files))
+        raise BadFiles(unreadable)
 
 
 class _Chunks(Dataset):
