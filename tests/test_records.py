@@ -193,32 +193,23 @@ def test_a_run_that_ends_just_then_keeps_its_records(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == RECORDS[2]
 
 
-@pytest.mark.parametrize(("name", "text"), [("jsonl", '{"a": 1}\n'), ("jsonl", "nonsense\n"), ("csv", "path,x\na,b\n")])
-def test_records_of_another_kind_are_not_gone_on_with(name, text, tmp_path):
-    (tmp_path / "out.partial").write_text(text)
-    output = Output(str(tmp_path / "out"), FORMATS[name](), resume=True)
-    with pytest.raises(OutputError, match="not the records of such a run"):
-        [record["path"] for record, _ in output.kept()]
-    output.close()
-    assert (tmp_path / "out.partial").read_text() == text
-
-
 FOREIGN = [
     ("jsonl", '{"a": 1}\n'), ("jsonl", '{"path": 1}\n'), ("jsonl", '{"path": "a.png"}\n'), ("jsonl", "no end of line"),
     ("jsonl", '{"path": "a.png", "predictions": [{"label": "cat", "score": "0.9"}]}\n'),
-    ("jsonl", "[1]\n"), ("csv", "path,x\na,b\n"), ("csv", "x"), ("csv", 'x,"y'),
+    ("jsonl", "nonsense\n"), ("jsonl", "[1]\n"), ("csv", "path,x\na,b\n"), ("csv", "x"), ("csv", 'x,"y'),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "text"), FOREIGN)
-def test_a_finished_file_that_is_not_gone_on_with_stays(name, text, tmp_path):
-    path = tmp_path / "out"
-    path.write_text(text)
-    output = Output(str(path), FORMATS[name](), resume=True)
-    with pytest.raises(OutputError, match=r"out: not the records of such a run .*; run without --resume"):
-        list(output.kept())
-    output.close()
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"out": text}
+def test_records_of_another_kind_are_not_gone_on_with_and_stay(name, text, tmp_path):
+    for place in ("out", "out.partial") if text.endswith("\n") else ("out",):  # an unfinished file may be torn
+        (tmp_path / place).write_text(text)
+        output = Output(str(tmp_path / "out"), FORMATS[name](), resume=True)
+        with pytest.raises(OutputError, match=f"{place}: not the records of such a run .*; run without --resume"):
+            list(output.kept())
+        output.close()
+        assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {place: text}
+        (tmp_path / place).unlink()
 
 
 @pytest.mark.parametrize("name", FORMATS)
