@@ -231,12 +231,12 @@ def decode_always(rank: int) -> None:
     data.cache.LIMIT = 0  # a set too large for memory
 
 
-def kills(folder: Path, kind: str, times: int, seed: int = 0) -> dict[str, Any]:
+def kills(folder: Path, kind: str, times: int) -> dict[str, Any]:
     """Kill a run at random moments, each time a new one, and start it again; compare with one left alone."""
     args, ranks = KINDS[kind]
     args = [arg.replace("{images}", str(folder / "images")) for arg in args]
     prepare = decode_always if "workers=2" in "".join(args) else lambda rank: None
-    chance = random.Random(seed)
+    chance = random.Random(0)
     undisturbed = start(folder / "undisturbed", args, ranks=ranks, prepare=prepare)
     wanted, total = finish(undisturbed), undisturbed.steps
     equal = killed = resumed = 0
@@ -257,9 +257,9 @@ def kills(folder: Path, kind: str, times: int, seed: int = 0) -> dict[str, Any]:
     return {"case": f"kill -9, {kind}", "times": times, "from a checkpoint": resumed, "as wanted": equal}
 
 
-def kills_while_saving(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
+def kills_while_saving(folder: Path, times: int) -> dict[str, Any]:
     """Kill a process within a save, again and again into the same file; it must load, with all of one moment."""
-    path, chance, loads = folder / "last.ckpt", random.Random(seed), 0
+    path, chance, loads = folder / "last.ckpt", random.Random(0), 0
     shared = mmap.mmap(-1, 16)  # whether it is saving now, and how often it has
 
     def save_for_ever() -> None:
@@ -272,7 +272,7 @@ def kills_while_saving(folder: Path, times: int, seed: int = 0) -> dict[str, Any
             number += 1
 
     CheckpointFile().save_checkpoint({"state_dict": {"0": torch.zeros(1)}}, path)
-    done, duration = 0, 0.05
+    done = 0
     while done < times:
         struct.pack_into("2q", shared, 0, 0, 0)
         pid = os.fork()
@@ -283,8 +283,7 @@ def kills_while_saving(folder: Path, times: int, seed: int = 0) -> dict[str, Any
         began = time.monotonic()
         while struct.unpack("2q", shared[:])[1] < 3:
             time.sleep(0.0005)
-        duration = time.monotonic() - began
-        time.sleep(chance.uniform(0, duration))
+        time.sleep(chance.uniform(0, time.monotonic() - began))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         if not struct.unpack("2q", shared[:])[0]:
@@ -318,9 +317,9 @@ def full_disk(folder: Path, times: int) -> dict[str, Any]:
     return {"case": "disk full, save refused", "times": times, "as wanted": good}
 
 
-def not_finite(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
+def not_finite(folder: Path, times: int) -> dict[str, Any]:
     """A loss that is no number on the second of two processes ends both, in that very step."""
-    chance, good = random.Random(seed), 0
+    chance, good = random.Random(0), 0
     for i in range(times):
         step = chance.randrange(3, 12)
 
@@ -506,10 +505,7 @@ def main() -> int:
     parser.add_argument("--other-kills", type=int, default=10, help="kills of each other kind")
     parser.add_argument("--saves", type=int, default=50, help="kills during a save")
     parser.add_argument("--times", type=int, default=4, help="repetitions of the other cases")
-    parser.add_argument("--torchrun", action=argparse.BooleanOptionalAction, default=True, help="with torchrun itself")
-    parser.add_argument("--trust", action=argparse.BooleanOptionalAction, default=True, help="malicious checkpoints")
-    parser.add_argument("--cost", action=argparse.BooleanOptionalAction, default=True, help="of a large model")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON lines and write no file")
+    parser.add_argument("--short", action="store_true", help="what tests repeat, as JSON lines and not in a file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning shares the cores out by node, and other threads round otherwise
     torch.set_num_threads(1)
@@ -524,11 +520,9 @@ def main() -> int:
         for case in (full_disk, not_finite, lost_rank, stopped):
             yield case(folder, options.times)
         yield two_nodes(folder)
-        if options.torchrun:
+        if not options.short:
             yield from torchrun(folder)
-        if options.trust:
             yield malicious()
-        if options.cost:
             yield cost(folder)
 
     done = []
@@ -537,9 +531,9 @@ def main() -> int:
         os.environ["TMPDIR"] = tempfile.tempdir = "/dev/shm" if Path("/dev/shm").is_dir() else folder
         for row in rows(Path(folder)):
             done.append(row)
-            text = json.dumps(row) if options.json else "  ".join(f"{key}: {value}" for key, value in row.items())
+            text = json.dumps(row) if options.short else "  ".join(f"{key}: {value}" for key, value in row.items())
             print(text, flush=True)
-    if not options.json:
+    if not options.short:
         record("kill_resume", done)
     return int(any(row["times"] != row["as wanted"] for row in done))
 

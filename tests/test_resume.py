@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.timeout(600)  # whichever test comes first makes the rows
 ROOT = Path(__file__).parent.parent
-SHORT = ["--kills=1", "--other-kills=1", "--saves=5", "--times=1", "--no-torchrun", "--no-trust", "--no-cost", "--json"]
+SHORT = ["--short", "--kills=1", "--other-kills=1", "--saves=5", "--times=1"]
 CASES = [
     "kill -9, in memory, no workers",
     "kill -9, files, 2 workers",
