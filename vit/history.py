@@ -23,7 +23,7 @@ class History(Logger):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.columns: list[str] = []
-        self.rows: list[Mapping[str, Any]] | None = None  # none: the file is not ours yet
+        self.rows: list[Mapping[str, Any]] = []
 
     @property
     def name(self) -> str:
@@ -59,9 +59,7 @@ class History(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {**metrics, "step": step or 0}
-        if self.rows is None:
-            self.rows = []
-        elif self.rows and self.rows[-1] == row:
+        if self.rows and self.rows[-1] == row:
             return  # logged just before a save, see Guard
         known = set(self.columns)
         self.rows.append(row)
@@ -73,11 +71,11 @@ class History(Logger):
 
     def _write(self) -> None:
         """The whole file, which is never half there."""
-        self.columns = sorted({name for row in self.rows or () for name in row})
+        self.columns = sorted({name for row in self.rows for name in row})
         partial = self.path.with_name(f".{self.path.name}.partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(self.rows or ())
+            writer.writerows(self.rows)
         os.replace(partial, self.path)
