@@ -130,9 +130,9 @@ class Question:
         picked = logits.gather(1, target[:, None])
         return (picked if self.against is None else picked - logits.gather(1, self.against[:, None])).sum()
 
-    def matrix(self, weights: Tensor, protect: int | None) -> Tensor:
-        """One matrix (B, R, N) from the heads (B, h, R, N)."""
-        return discard_lowest(fuse_heads(weights, self.fuse), self.discard, protect)
+    def matrix(self, model: VisionTransformer, weights: Tensor) -> Tensor:
+        """One matrix (B, R, N) from the heads (B, h, R, N); the column of a class token is kept whole."""
+        return discard_lowest(fuse_heads(weights, self.fuse), self.discard, 0 if model.pool == "token" else None)
 
 
 def pooling_weights(model: VisionTransformer, tokens: int) -> Tensor:
@@ -163,8 +163,7 @@ def fusable(model: VisionTransformer, images: Tensor) -> bool:
 
 @torch.inference_mode()
 def _rollout(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tensor, Tensor]:
-    protect = 0 if model.pool == "token" else None
-    logits, matrices = model.forward_attention(images, lambda weights: ask.matrix(weights, protect))
+    logits, matrices = model.forward_attention(images, partial(ask.matrix, model))
     return logits, rollout(matrices, pooling_weights(model, matrices[-1].shape[1]))
 
 
@@ -195,7 +194,7 @@ def _last(model: VisionTransformer, images: Tensor, ask: Question) -> tuple[Tens
     for block in blocks:
         x = block(x, turns)
     x, weights = last.explain(x, turns, model.num_read)
-    matrix = ask.matrix(weights, 0 if model.pool == "token" else None)
+    matrix = ask.matrix(model, weights)
     start = pooling_weights(model, x.shape[1]).to(matrix.dtype).expand(x.shape[:2])
     return model.forward_head(model.norm(x)), _times(start, matrix)
 
