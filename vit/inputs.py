@@ -70,7 +70,8 @@ class Inputs:
         if source == "-" and self.stdin is not None:
             yield from self._outside(read_paths(self.stdin))
         elif os.path.isdir(source):
-            yield from self._one_at_least(source)
+            hint = "" if self.recursive else "; --recursive looks into its subfolders"
+            yield from _or(self._walk(source, ()), Unreadable(source, f"no images in this folder{hint}"))
         elif glob.has_magic(source) and not os.path.lexists(source):
             beside = " outside the folder of --maps" if self.maps else ""
             yield from _or(self._outside(expand(source)), Unreadable(source, f"no file matches{beside}"))
@@ -83,10 +84,6 @@ class Inputs:
                 self.in_maps += 1
             else:
                 yield path
-
-    def _one_at_least(self, folder: str) -> Iterator[str | Unreadable]:
-        hint = "" if self.recursive else "; --recursive looks into its subfolders"
-        yield from _or(self._walk(folder, ()), Unreadable(folder, f"no images in this folder{hint}"))
 
     def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str | Unreadable]:
         """Images of a folder by name, and of its subfolders; links are followed unless they lead back up."""
