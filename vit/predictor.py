@@ -280,10 +280,9 @@ class Predictor:
         given: Iterable[Source | Unreadable] = (
             images if isinstance(images, Sequence | np.ndarray) else map(kept, images)
         )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers is {workers}, it must be at least 1")
+        for name, number in (("batch_size", batch_size), ("workers", workers)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}, it must be at least 1")
         return batches(given, batch_size or self.batch_size)
 
     def explain(
