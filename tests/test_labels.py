@@ -166,10 +166,6 @@ def test_accents_are_the_same_however_they_are_stored(tmp_path, load):
             [{"path": c, "label": c, "split": s} for c, s in (("x", ""), ("y", ""), ("z", "val"))],
             r"labels.csv: class 'z' of the val images is none of the training images",
         ),
-        (
-            [{"path": p, "label": "x", "split": s} for p, s in (("a", ""), ("b", ""), ("./a", "val"))],
-            r"labels.csv: rows 1 and 3 are both ./a: name each image once",
-        ),
     ],
 )
 def test_unusable_tables_are_one_line(tmp_path, change, message):
@@ -203,7 +199,7 @@ def test_unreadable_tables_are_one_line(tmp_path, monkeypatch):
 def test_an_image_under_two_names_is_there_twice(tmp_path, rows, monkeypatch):
     whole = {**rows[0], "path": str(tmp_path / rows[0]["path"]), "split": "val"}
     write(tmp_path / "table.csv", [*rows, whole])
-    with pytest.raises(DataError, match=rf"rows 1 and {len(rows) + 1} are both "):
+    with pytest.raises(DataError, match=rf"rows 1 and {len(rows) + 1} are both .*: name each image once"):
         list_table(tmp_path / "table.csv")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=rf"rows 1 and {len(rows) + 1} are both "):

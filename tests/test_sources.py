@@ -471,14 +471,6 @@ def test_unreadable_folder_is_named(tmp_path, load, monkeypatch):
         load(folder)
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "other/mnist", "cifar"])
-def test_unknown_names_say_what_is_understood(load, dataset):
-    with pytest.raises(
-        DataError, match=f"^{dataset} is no folder and no known data set: --data.dataset takes 'digits', 'cifar10'"
-    ):
-        load(dataset)
-
-
 def test_image_size_must_fit_the_data_set(load):
     assert load("digits", image_size=8).train.images.shape[-1] == 8
     with pytest.raises(DataError, match="digits has images of 8x8 pixels, image_size is 32x32"):
