@@ -2,9 +2,9 @@
 
 A row r times softmax(q kᵀ / √d) is for each key j the sum over queries i of r_i exp(q_i·k_j / √d - L_i), where L_i, the
 logarithm of row i's sum, is what the fused kernel (FlashAttention, 2205.14135) has left when it is done. So queries,
-keys and these logarithms are kept, about 3 N D numbers a layer, and one kernel makes such a step with scores that are
-computed again, block by block. On a CPU matrices are faster, so ``vit.rollout`` comes here with a GPU only; a CPU runs
-this in Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested.
+keys and these logarithms are kept, with the values beside them about 3 N D numbers a layer, and one kernel makes such a
+step with scores that are computed again, block by block. On a CPU matrices are faster, so ``vit.rollout`` comes here
+with a GPU only; a CPU runs this in Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested.
 """
 
 from functools import cache

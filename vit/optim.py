@@ -165,7 +165,7 @@ def build_optimizer(
 
 
 def learning_rate(*, total: int, warmup: int, shape: Literal["cosine", "linear"]) -> Callable[[int], float]:
-    """Factor of the peak learning rate at a step: up in a line, then down to 0 at the last step.
+    """Factor of the peak learning rate at a step: up in a line, then down, to 0 behind the last step.
 
     Args:
         total: Optimiser steps of the whole run.

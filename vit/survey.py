@@ -34,9 +34,10 @@ DEFINITIONS = {
     "most and least typical": "The images whose maps are most and least like the mean map, by cosine.",
     "most confident errors": "The highest scores of this class among images in another class's folder, which is named.",
     "hint": (
-        f"Shown from {FEWEST} images on, where the border holds {BORDER:g} times, or one cell of it {SPOT:g} times, "
-        f"what an even map and what the other classes' maps have there (a cell: or beside it), and {SIGMAS} standard "
-        "errors more: a frame, a watermark or the background may decide, not the object."
+        f"Shown from {FEWEST} images on, where the border holds more than {BORDER:g} times, or one cell of it more "
+        f"than {SPOT:g} times, what is there in an even map and in the other classes' maps (of a cell: there or beside "
+        f"it), even with {SIGMAS} standard errors taken off: a frame, a watermark or the background may decide, not "
+        "the object."
     ),
 }
 
