@@ -561,4 +561,5 @@ def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's kind and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type} {platform.machine()}, {threads} thread{'s' * (threads != 1)}"
