@@ -115,8 +115,8 @@ def rotation(
 
     Each pair of numbers is turned by an angle that grows with the row of its patch, or with the column (2403.13298,
     section 3.2): a query and a key then meet at an angle that tells how far apart their patches lie. Both axes run from
-    -1 to 1, whatever the number of patches, and a whole turn takes half an axis to (nearly) fifty, as in DINOv3
-    (2508.10104).
+    -1 to 1, whatever the number of patches, and a whole turn takes from half an axis up to nearly fifty of them, as in
+    DINOv3 (2508.10104).
 
     Args:
         grid: Rows and columns of patches.
