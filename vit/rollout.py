@@ -253,7 +253,8 @@ class AttnLRP(TorchFunctionMode):
     Normalisation: the standard deviation counts as a constant. Element-wise non-linearity: so does its output over its
     input. Product of two activations: half the relevance goes to each. Linear maps and softmax keep their gradients,
     which times the input are the epsilon rule (epsilon 0) and the paper's Taylor rule; weights are constants, so that
-    what only their gradients need is not kept.
+    what only their gradients need is not kept. The gamma rule, which the paper's authors use for linear maps of vision
+    transformers, with factors to be tuned, is not here.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
