@@ -226,18 +226,13 @@ class _Pieces(io.RawIOBase):
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
-        self.position = 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self.pieces.append(bytes(data))
-        self.position += len(data)
         return len(data)
-
-    def tell(self) -> int:
-        return self.position
 
     def take(self) -> bytes:
         data, self.pieces = b"".join(self.pieces), []
