@@ -44,9 +44,6 @@ class TrainingProgress(ProgressBar):
     def disable(self) -> None:
         self.enabled = False
 
-    def enable(self) -> None:
-        self.enabled = True
-
     def print(self, *args: Any, **kwargs: Any) -> None:
         self.console.print(*args)
 
