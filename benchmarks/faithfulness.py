@@ -8,7 +8,7 @@ of two maps' scores on the same image. Intervals are 95 %, by bootstrap over ima
 classes' sorted files. Makers of maps take turns at each batch, so that a busy machine slows all alike; a cost is the
 median over batches.
 
-What others offer for the same model joins in where it is installed (``pip install captum grad-cam lxt
+What others offer for the same model joins in where it is installed (``pip install captum grad-cam lxt zennit
 'transformers<4.54'``; legrad-torch takes OpenCLIP's models only), and where Quantus is, the curves are compared with
 its PixelFlipping.
 """
@@ -38,7 +38,7 @@ from vit.faithfulness import REMOVALS, area, deletion_curve
 from vit.model import LayerNorm2d, VisionTransformer
 from vit.predictor import SHIPPED
 from vit.preprocess import open_image
-from vit.rollout import METHODS, attention_map, pixel_relevance
+from vit.rollout import GAMMA, GAMMA_PIXELS, METHODS, attention_map, pixel_relevance
 
 Maker = Callable[[Tensor], Tensor]  # images (B, C, H, W) to maps (B, grid height, grid width)
 BATCH = 64  # what a CPU's caches hold
@@ -109,7 +109,26 @@ def of_grad_cam(model: VisionTransformer) -> dict[str, Maker]:
 
 
 def of_lxt(model: VisionTransformer) -> dict[str, Maker]:
-    """lxt's AttnLRP: its own rules for norms, non-linearities and attention put into a copy of the model."""
+    """lxt's AttnLRP, and where zennit is, with the gamma rule as in lxt's example for vision transformers."""
+    makers = {"lxt AttnLRP": lxt_maker(model)}
+    if importlib.util.find_spec("zennit"):
+        from lxt.efficient import monkey_patch_zennit  # pyright: ignore[reportMissingImports]
+        from zennit.composites import LayerMapComposite  # pyright: ignore[reportMissingImports]
+        from zennit.rules import Gamma  # pyright: ignore[reportMissingImports]
+
+        monkey_patch_zennit()
+        rules = LayerMapComposite([(nn.Conv2d, Gamma(GAMMA_PIXELS)), (nn.Linear, Gamma(GAMMA))])
+        makers["lxt AttnLRP, gamma rule of zennit"] = lxt_maker(model, rules.register)
+    return makers
+
+
+def lxt_maker(model: VisionTransformer, prepare: Callable[[nn.Module], None] = lambda model: None) -> Maker:
+    """Maps of a copy of the model that has lxt's own rules for norms, non-linearities and attention.
+
+    Args:
+        model: The model.
+        prepare: Puts more into it.
+    """
     from lxt.efficient.patches import layer_norm_forward  # pyright: ignore[reportMissingImports]
     from lxt.efficient.rules import divide_gradient, identity_rule_implicit  # pyright: ignore[reportMissingImports]
 
@@ -124,12 +143,14 @@ def of_lxt(model: VisionTransformer) -> dict[str, Maker]:
     for block in model.blocks:
         block.attn.heads = shared(block.attn.heads, lambda part, value: divide_gradient(value, 2 if part == 2 else 4))
 
+    prepare(model)
+
     def make(images: Tensor) -> Tensor:
         images = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(images).amax(1).sum(), images)
         return by_patch(model, (images * gradient).detach().sum(1))
 
-    return {"lxt AttnLRP": make}
+    return make
 
 
 def over_channels(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from vit import rollout as module
 from vit.model import Attention, VisionTransformer
 from vit.rollout import (
     CLASS_SPECIFIC,
     FUSIONS,
+    GAMMA,
+    GAMMA_PIXELS,
     METHODS,
     AttnLRP,
     attention_map,
@@ -126,8 +127,12 @@ def reference_legrad(model: VisionTransformer, images: Tensor, target: Tensor) -
 # AttnLRP the long way: relevance goes back operation by operation, by the rules of 2402.05602, without autograd.
 
 
-def linear_rule(x: Tensor, weight: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    return x * (r / y @ weight)
+def linear_rule(x: Tensor, weight: Tensor, y: Tensor, r: Tensor, gamma: float = GAMMA) -> Tensor:
+    """Each part of a sum by itself: of the sum's sign it counts 1 + gamma times; the bias is a part too."""
+    parts = x[..., None, :] * weight
+    parts = torch.cat([parts, (y - parts.sum(-1))[..., None]], -1)
+    parts = torch.where(parts * y[..., None] > 0, (1 + gamma) * parts, parts)
+    return (parts / parts.sum(-1, keepdim=True) * r[..., None]).sum(-2)[..., :-1]
 
 
 def norm_rule(norm: Any, x: Tensor, r: Tensor, y: Tensor | None = None) -> Tensor:
@@ -202,7 +207,7 @@ def reference_token_relevance(model: VisionTransformer, images: Tensor, target: 
     pooled = normed[:, 0] if model.pool == "token" else normed[:, first:].mean(1)
     logits = model.head(model.fc_norm(pooled))
     r = torch.zeros_like(logits).scatter(1, target[:, None], logits.gather(1, target[:, None]))
-    r = norm_rule(model.fc_norm, pooled, linear_rule(model.fc_norm(pooled), model.head.weight, logits, r))
+    r = norm_rule(model.fc_norm, pooled, linear_rule(model.fc_norm(pooled), model.head.weight, logits, r, 0))
     tokens = torch.zeros_like(normed)
     if model.pool == "token":
         tokens[:, 0] = r
@@ -215,7 +220,10 @@ def reference_token_relevance(model: VisionTransformer, images: Tensor, target: 
 
 
 def conv_rule(conv: Any, x: Tensor, r: Tensor) -> Tensor:
-    return x * conv2d_input(x.shape, conv.weight, r / conv(x), conv.stride, conv.padding)
+    windows = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+    columns, y = F.unfold(x, **windows).mT, conv(x)
+    y, r = (outputs.flatten(2).mT for outputs in (y, r))
+    return F.fold(linear_rule(columns, conv.weight.flatten(1), y, r, GAMMA_PIXELS).mT, x.shape[2:], **windows)
 
 
 @torch.no_grad()
