@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
 from vit.quiet import quiet_libraries
 
-VERSION = 3  # part of every cache file's name: raise it when decoding or the layout changes
+VERSION = 4  # part of every cache file's name: raise it when decoding or the layout changes
 SAMPLED = 16  # files of a split whose beginnings are part of a cache file's name
 LIMIT = 2 * 2**30  # bytes of pixels of one split; larger ones are decoded batch by batch
 CHUNK = 2**19  # bytes of pixels that a worker sends back at a time: containers are short of shared memory

@@ -136,9 +136,12 @@ def test_floats_in_0_to_1_and_in_0_to_65535_and_no_numbers():
     broken = grey / 255
     broken[0] = np.nan
     broken[1] = -np.inf
-    opened = np.asarray(open_image(stored(Image.fromarray(broken), "TIFF"), "L"))
-    assert (opened[:2] == 0).all()
-    assert np.abs(opened[2:].astype(float) - grey[2:]).max() <= 1
+    broken[2] = np.inf
+    for white in (None, 1.0):
+        opened = np.asarray(open_image(stored(Image.fromarray(broken), "TIFF"), "L", white=white))
+        assert (opened[:2] == 0).all()
+        assert (opened[2] == 255).all()
+        assert np.abs(opened[3:].astype(float) - grey[3:]).max() <= 1
 
 
 def test_transparency_is_on_white_and_hidden_colours_stay_hidden():

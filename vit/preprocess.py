@@ -232,8 +232,8 @@ def scaled_to_8_bits(image: Image.Image, white: float | None = None) -> Image.Im
         white: Value that becomes 255, as do those above it. None takes 65535 for sixteen bits; images of 32 bits or
             floats do not say, for them 1, 255 or 65535, the smallest that holds their largest value.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=white or 65535.0, neginf=0.0)
-    largest = values.max(initial=0)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=np.inf, neginf=0.0)
+    largest = values.max(initial=0, where=values < np.inf)  # what is infinite is white, whatever the others are
     tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
     top = white or next((top for top in tops if largest <= top), 65535)
     levels = (values * (255 / top)).round().clip(0, 255).astype(np.uint8)
