@@ -103,6 +103,7 @@ def test_white_is_what_is_said(kind, white):
         for image in (Image.fromarray(values), stored(Image.fromarray(values), "TIFF")):
             seen = pre.load(image)[0].float()
             assert (seen - torch.from_numpy(grey * brightest * 255).clamp(max=255)).abs().max() <= 1
+        assert torch.equal(pre(Image.fromarray(values))[0].float(), seen)  # opened by somebody else
     with pytest.raises(ValueError, match="white must be a value above 0, got 0"):
         Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,), white=0)
 
@@ -334,6 +335,13 @@ def test_cut_is_the_centre_resized(size, crop):
     assert difference(pre.cut(image), inner.resize((30, 30), Image.Resampling.BICUBIC)) < 1
 
 
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_images_are_resampled_by_the_filter_that_is_named(name):
+    image = picture(90, 60)
+    pre = Preprocess(image_size=(30, 45), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation=name)
+    assert difference(pre.cut(image), image.resize((45, 30), Image.Resampling[name.upper()])) == 0
+
+
 def test_box_of_a_model_that_is_not_square():
     pre = Preprocess(image_size=(16, 32), mean=(0.5,), std=(0.5,))
     assert pre.box(100, 100) == (0, 25, 100, 75)
@@ -351,6 +359,8 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     assert open_image(two, min_side=200).size == (400, 300)
     full = PREPROCESS(open_image(file)).float()
     assert (PREPROCESS.load(file).float() - full).abs().mean() < 1
+    part = Preprocess(image_size=(50, 100), mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.25)
+    assert part.min_side == 800  # of which the model sees 200, twice its longer side
 
 
 def test_normalize_is_torchvision_s():
