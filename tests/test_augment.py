@@ -95,6 +95,25 @@ def test_first_draws_do_not_depend_on_their_number():
     assert torch.equal(draws(5)[:, :2], draws(2))
 
 
+def test_no_two_parts_share_a_number():
+    """Or else what is mirrored would be what is cut, say: of which numbers each part's images and labels are made."""
+    numbers = torch.full((1 + 2 * DRAWS, DRAWS), 0.6)
+    for column in range(DRAWS):
+        numbers[[1 + column, 1 + DRAWS + column], column] = torch.tensor([0.1, 0.9])
+    images, labels = pictures(1).expand(len(numbers), -1, -1, -1), torch.arange(len(numbers))
+    for part, places in {
+        **{"translate": [3, 4], "flip": [0], "rotate": [1, 5], "scale": [2, 5], "color": [6, 7, 8]},
+        **{"erase": [9, 10, 11, 12], "crop": [13, 14, 15, 16], "policy": [17, 18, 19]},
+        **{"mixup": [20, 21], "cutmix": [20, 21, 22, 23]},
+    }.items():
+        augment = Augment(**{part: 20 if part == "rotate" else 0.75})
+        views = augment(augment.pixels(images * 200, numbers), numbers)
+        own = augment.mix(images, labels, numbers, classes=len(labels))[1].diagonal()
+        found = torch.cat([views.flatten(1), own[:, None]], 1)
+        differs = (found != found[0]).any(1)[1:].view(2, DRAWS).any(0)
+        assert differs.nonzero()[:, 0].tolist() == places, part
+
+
 def test_global_generator_is_not_touched():
     before = torch.get_rng_state()
     view(EVERYTHING, pictures(3))
