@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import data.cache
 import data.datamodule
-from data.augment import Augment
+from data.augment import DRAWS, Augment, epoch_key, uniform
 from data.datamodule import Batch, Draw, EvalOrder, ImageDataModule, TrainOrder, free_memory, home, make_views
 from data.sources import DataError
 
@@ -513,6 +513,26 @@ def test_augmentation_is_for_training_only(training):
     module.trainer = SimpleNamespace(training=training, max_epochs=1, max_steps=-1)  # type: ignore[assignment]
     images = module.on_after_batch_transfer(batch, 0).images
     torch.testing.assert_close(images, plain.flip(-1) if training else plain, rtol=0, atol=1e-5)
+
+
+def test_a_step_sees_the_views_of_its_seed_and_epoch():
+    """Grey levels are changed before they are normalised, and mixing ends when that share of the run is done."""
+    augment = replace(EVERYTHING, mix_until=0.5)
+    module = ImageDataModule(dataset="digits", batch_size=8, seed=3, augment=augment)
+    module.setup()
+    batch = next(iter(module.train_dataloader()))
+    assert batch.indices.tolist() == order(size=len(module.train), batch_size=8, seed=3)[0]
+    module.trainer = SimpleNamespace(training=True, max_epochs=4, max_steps=-1)  # type: ignore[assignment]
+    for epoch in range(4):
+        draws = uniform(epoch_key(3, epoch), batch.indices, DRAWS)
+        levels = augment.pixels(batch.images, draws)
+        assert not torch.equal(levels, batch.images)
+        images, labels = augment(module.preprocess.normalize(levels), draws), batch.labels
+        if epoch < 2:
+            images, labels = augment.mix(images, labels, draws, classes=10)
+        seen = module.on_after_batch_transfer(batch._replace(epoch=epoch), 0)
+        assert torch.equal(seen.images, images)
+        assert torch.equal(seen.labels, labels)
 
 
 def test_files_and_their_cache_give_the_same_batches(folder, tmp_path, monkeypatch):
