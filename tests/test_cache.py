@@ -219,6 +219,15 @@ def test_interrupted_build_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_cache_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or else a machine that loses its power could leave one of the right size and full of zeros."""
+    order, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), rename(*paths)))
+    write_array(tmp_path / "x.npy", (1,), [torch.zeros(1, dtype=torch.uint8)])
+    assert order == ["fsync", "replace"]
+
+
 def test_left_over_of_a_killed_process_is_removed(tmp_path):
     (tmp_path / "x.npy.0123.tmp").touch()
     (tmp_path / "y.npy.0123.tmp").touch()
@@ -361,6 +370,9 @@ def test_class_of_bad_files_alone_is_an_error(files, check):
     spoil(files, 5, 6)
     with pytest.raises(DataError, match=r"5\.png: .* a class of x has no train images"):
         check("skip", train=torch.tensor([0, 0, 0, 0, 0, 1, 1]))
+    spoil(files, 0, 1, 2)  # all of the test split
+    with pytest.raises(DataError, match=r"0\.png: .* a class of x has no test images"):
+        check("skip", train=torch.tensor([0, 0, 0, 0, 1, 1, 1]))
 
 
 def test_one_process_at_a_time(tmp_path):

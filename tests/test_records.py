@@ -151,15 +151,21 @@ def test_what_is_added_to_a_device_is_whole(tmp_path):
     assert (tmp_path / "all.csv").read_bytes() == b"before\n" + written(FORMATS["csv"](), RECORDS[:1])
 
 
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    """... and on the disk, where a machine may lose its power."""
+    order, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), rename(*paths)))
     path = tmp_path / "out.jsonl"
     path.write_text("old")
     output = Output(str(path), JsonLines())
     output.write(RECORDS[0])
     assert path.read_text() == "old"
     assert json.loads((tmp_path / "out.jsonl.partial").read_text()) == RECORDS[0]  # at once, in no buffer
+    assert not order
     output.finish()
     output.close()
+    assert order == ["fsync", "replace"]
     assert json.loads(path.read_text()) == RECORDS[0]
     assert not (tmp_path / "out.jsonl.partial").exists()
 
