@@ -107,9 +107,9 @@ def reference_relevance(model: VisionTransformer, images: Tensor, target: Tensor
     return as_map(model, start_of(model, product.shape[-1]) @ (product - identity))
 
 
-def reference_last(model: VisionTransformer, images: Tensor) -> Tensor:
+def reference_last(model: VisionTransformer, images: Tensor, fuse: Callable[[Tensor], Tensor]) -> Tensor:
     _, attentions = attentions_of(model, images)
-    return as_map(model, start_of(model, attentions[0].shape[-1]) @ attentions[-1].mean(1))
+    return as_map(model, start_of(model, attentions[0].shape[-1]) @ fuse(attentions[-1]))
 
 
 def reference_legrad(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def test_last_is_the_last_layer(arguments):
     model = build(**arguments)
     images = images_for(model)
     logits, maps = attention_map(model, images, method="last")
-    torch.testing.assert_close(maps.double(), reference_last(model, images), atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps.double(), reference_last(model, images, lambda a: a.mean(1)), atol=1e-6, rtol=0)
     torch.testing.assert_close(logits, model(images), atol=1e-5, rtol=0)
 
 
@@ -312,6 +312,9 @@ def test_pixel_relevance_equals_its_reference(arguments, monkeypatch):
     assert found.shape == (3, *model.image_size)
     torch.testing.assert_close(found.double(), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
     torch.testing.assert_close(logits, model(images), atol=1e-5, rtol=1e-5)
+    close: dict[str, Any] = {"atol": 1e-4 * float(expected.abs().max()), "rtol": 1e-3}
+    difference = found - pixel_relevance(model, images, target=2)[1]  # of two logits, and so of what made them
+    torch.testing.assert_close(pixel_relevance(model, images, target=target, against=2)[1], difference, **close)
     monkeypatch.setattr(module, "MEMORY", 1)  # one image at a time, also where the caller wants no gradients
     with torch.inference_mode():
         torch.testing.assert_close(
@@ -362,6 +365,8 @@ def test_fusion_by_extremes_is_renormalised(how):
 
     _, maps = attention_map(model, images, fuse=how)
     torch.testing.assert_close(maps.double(), reference_rollout(model, images, fuse), atol=1e-6, rtol=0)
+    _, maps = attention_map(model, images, method="last", fuse=how)
+    torch.testing.assert_close(maps.double(), reference_last(model, images, fuse), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
@@ -388,6 +393,11 @@ def test_discard_is_per_image_by_rows_and_spares_the_class_token(pool, ratio):
     _, maps = attention_map(model, images, discard=ratio)
     torch.testing.assert_close(
         maps.double(), reference_rollout(model, images, lambda a: fuse(a.detach())), atol=1e-6, rtol=0
+    )
+    layers = iter([3])
+    _, maps = attention_map(model, images, method="last", discard=ratio)
+    torch.testing.assert_close(
+        maps.double(), reference_last(model, images, lambda a: fuse(a.detach())), atol=1e-6, rtol=0
     )
 
 
@@ -556,7 +566,7 @@ def test_targets(model, method):
 
 
 @pytest.mark.parametrize("method", sorted(CLASS_SPECIFIC))
-def test_contrast_asks_about_the_difference_of_two_logits(model, method):
+def test_contrast_asks_about_the_difference_of_two_logits(model, method, monkeypatch):
     images = images_for(model)
     _, maps = attention_map(model, images, method=method, target=3, against=1)
     # The same question to a model whose only logit is that difference.
@@ -568,6 +578,12 @@ def test_contrast_asks_about_the_difference_of_two_logits(model, method):
     torch.testing.assert_close(maps, attention_map(asked, images, method=method, target=0)[1], atol=1e-5, rtol=1e-3)
     _, nothing = attention_map(model, images, method=method, target=2, against=2)
     torch.testing.assert_close(nothing, torch.full_like(nothing, 0.1))  # no evidence either way: even
+    asked_each: dict[str, Any] = {"target": [3, 2, 0], "against": [1, 0, 4]}
+    _, together = attention_map(model, images, method=method, **asked_each)
+    monkeypatch.setattr(module, "MEMORY", 1)  # one image at a time
+    torch.testing.assert_close(
+        attention_map(model, images, method=method, **asked_each)[1], together, atol=1e-5, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -613,6 +629,10 @@ def test_fused_heads_are_at_least_float32():
     weights = torch.rand(1, 2, 3, 3).softmax(-1)
     assert fuse_heads(weights.bfloat16()).dtype == torch.float32
     assert fuse_heads(weights.double()).dtype == torch.float64
+
+
+def test_heads_that_have_no_token_in_common_have_nothing_rather_than_no_number():
+    assert torch.equal(fuse_heads(torch.eye(2).view(1, 2, 1, 2), "min"), torch.zeros(1, 1, 2))
 
 
 @pytest.mark.parametrize("method", METHODS)
