@@ -107,7 +107,8 @@ def test_batches_change_nothing_and_are_kept_to():
 
 
 @pytest.mark.parametrize(
-    ("steps", "counts"), [(6, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 2, 4, 6]), (99, [0, 1, 2, 3, 4, 5, 6])]
+    ("steps", "counts"),
+    [(6, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 2, 4, 6]), (4, [0, 2, 3, 4, 6]), (99, [0, 1, 2, 3, 4, 5, 6])],
 )
 def test_masks_grow_from_nothing_to_everything(steps, counts):
     maps = torch.rand(4, ROWS, COLUMNS)
@@ -141,6 +142,10 @@ def test_blur_keeps_the_mean_and_loses_the_patch():
     flat = torch.full((1, 3, 32, 48), 0.7)
     torch.testing.assert_close(blank(flat, "blur", (4, 4)), flat)
     assert blank(torch.randn(1, 3, 8, 8), "blur", (8, 8)).shape == (1, 3, 8, 8)  # a patch as large as the image
+    given = Sum(torch.randn(ROWS, COLUMNS)), torch.randn(2, 3, 8, 12), torch.rand(2, ROWS, COLUMNS)
+    scores = {remove: faithfulness(*given, remove=remove)["deletion"] for remove in ("mean", "blur")}
+    torch.testing.assert_close(scores["blur"], area(deletion_curve(*given, remove="blur")))
+    assert not torch.allclose(scores["blur"], scores["mean"])
     for size in ((1, 3, 32, 1), (1, 3, 1, 32)):  # as far along each side as the patch is long there
         images = torch.randn(size).expand(-1, -1, 32, 32)
         assert (blank(images, "blur", (8, 1)).std() < 0.3 * images.std()) == (size[2] > 1)
