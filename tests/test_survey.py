@@ -156,6 +156,16 @@ def test_large_grids_become_coarse_and_everything_stays_where_it_was():
     torch.testing.assert_close(coarse(small), small)
 
 
+def test_border_and_centre_of_grids_of_any_shape():
+    for rows, columns, inside in ((4, 8, (slice(1, 3), slice(2, 6))), (4, 4, (slice(1, 3), slice(1, 3)))):
+        centre, inner = torch.zeros(rows, columns, dtype=torch.bool), torch.zeros(rows, columns, dtype=torch.bool)
+        centre[inside], inner[1 : rows - 1, 1 : columns - 1] = True, True
+        found = regions(rows, columns)
+        assert torch.equal(found["centre"], centre)
+        assert torch.equal(found["border"], ~inner)
+    assert regions(3, 9) == regions(9, 3) == {}
+
+
 # ---- hints ----
 
 
@@ -178,13 +188,33 @@ def test_hints_name_what_they_found():
     assert "row 1 of 8, column 6 of 8, counts" in str(hint(spot, even))
     assert str(hint(framed, even)) == "The border counts for 52%; in an even map it is 44%."
     assert hint(spot[:9], even) is None  # too few to conclude from
-    assert hint(spot, spot.mean(0)) is None  # the others have it too
+    assert hint(spot[:10], even) is not None
+    likely = torch.ones(8, 8)
+    likely[0, 5] = 1.3  # for the others it counts a little more too: still told beside an even map
+    assert hint(spot, likely / likely.sum()) == hint(spot, even)
+    two, six = even_maps(30), even_maps(30)  # images that stand out, which may be chance
+    two[:2], six[:6, 1:-1, 1:-1] = 0, 0
+    two[:2, 0, 5] = 1
+    assert hint(two, even) is None
+    assert hint(six / six.sum((1, 2), keepdim=True), even) is None
+    wide = spot[:, :4] / spot[:, :4].sum((1, 2), keepdim=True)
+    assert "row 1 of 4, column 6 of 8, counts" in str(hint(wide, torch.full((4, 8), 1 / 32)))
+    assert hint(spot, spot.mean(0)) is hint(framed, framed.mean(0)) is None  # the others have it too
+    assert find_hints({0: spot}) == {0: hint(spot, even)}  # where there are no others
     beside = torch.ones(8, 8)
     beside[1:-1, 1:-1], beside[2:-2, 2:-2] = 2, 1  # a ring within the border, on which the others are even
     assert hint(framed, beside / beside.sum()) is not None
     for others in (torch.roll(spot.mean(0), 1, 1), spot.mean(0)):  # those of a cell count for the one beside it
         assert "row 1 of 8, column 6 of 8, counts" not in str(hint(spot, others))
     assert hint(torch.full((50, 3, 3), 1 / 9), torch.full((3, 3), 1 / 9)) is None  # all border
+
+
+def test_a_class_with_a_hint_comes_first_however_few_its_images():
+    maps = even_maps(32)
+    maps[20:, 0, 5] += 0.2
+    rows = [(f"{i}.jpg", "cat" if i < 20 else "dog", 0.9) for i in range(32)]
+    view = filled(*rows, grids=maps).view()
+    assert [(v["name"], v["images"], v["hint"] is None) for v in view] == [("dog", 12, False), ("cat", 20, True)]
 
 
 def marked_digits(mark: str | None) -> tuple[Tensor, Tensor]:
