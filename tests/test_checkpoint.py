@@ -253,6 +253,9 @@ def test_of_a_folder_it_says_what_to_give(tmp_path, path):
     assert refusal(tmp_path) == f"a folder, not a checkpoint file; give {path}"
     path.rename(tmp_path / "last.ckpt")
     assert refusal(tmp_path).endswith(f"; give {tmp_path / 'last.ckpt'}")
+    (tmp_path / "best.ckpt").touch()
+    assert refusal(tmp_path).endswith(f"; give {tmp_path / 'best.ckpt'}")
+    (tmp_path / "best.ckpt").unlink()
     (tmp_path / "last.ckpt").unlink()
     assert refusal(tmp_path) == "a folder, not a checkpoint file"
 
@@ -309,6 +312,8 @@ def test_newer_format(path):
 def test_class_names_that_do_not_match(path):
     rewrite(path, class_names=["cat", "dog"])
     assert refusal(path) == "2 class names for 3 classes"
+    rewrite(path, class_names=["cat", "dog", "owl", "fox"])
+    assert refusal(path) == "4 class names for 3 classes"
     rewrite(path, class_names="cat")
     assert refusal(path) == "its class names are not a list of texts"
 
