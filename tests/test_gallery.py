@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -157,6 +158,9 @@ def test_entries_hold_what_the_page_can_show(predictor, paths, monkeypatch):
         ):
             np.testing.assert_allclose(found, attention_map(predictor.model, one, **asked)[1][0], atol=1e-5)
     assert len(counts) > 1  # so that the batch of questions is ragged
+    monkeypatch.setattr(module, "LIKELY", 1.1)  # none is: then of the first two
+    (entry,) = explored(predictor, paths[:1], "last")
+    assert list(entry["maps"][CLASS_METHOD]) == list(entry["scores"])[:2]
 
 
 def test_report_of_a_run(predictor, paths, tmp_path, monkeypatch):
@@ -184,6 +188,23 @@ def test_report_of_a_run(predictor, paths, tmp_path, monkeypatch):
         if view["images"]:
             assert view["shares"]["border"]["even"] == pytest.approx(16 / 24)
     assert {"border", "hint"} <= set(page["definitions"])
+
+
+def test_maps_and_page_show_what_was_seen_of_a_wide_image_of_12_bits(predictor, tmp_path):
+    """As the library explains it: bright, and the middle of it."""
+    grey = np.random.default_rng(0).integers(0, 256, (16, 40))
+    Image.fromarray((grey * 16).astype(np.uint16)).save(tmp_path / "a.png")
+    about = replace(predictor.about, preprocess=replace(predictor.preprocess, white=4080))
+    bright, paths = Predictor(predictor.model, about, device="cpu"), [str(tmp_path / "a.png")]
+    expected = bright.explain(paths[0])
+    assert expected.box == (8, 0, 32, 16)
+    (entry,) = explored(bright, paths, "rollout")
+    assert entry["box"] == expected.box
+    assert entry["image"].tobytes() == expected.image.tobytes()
+    gallery = Gallery(bright, method="rollout", folder=str(tmp_path / "maps"), report=None)
+    (file,) = gallery.add(paths, torch.tensor(expected.grid)[None], [expected.prediction.scores])
+    with Image.open(str(file)) as picture:
+        assert picture.tobytes() == expected.overlay().tobytes()
 
 
 def test_a_report_that_cannot_be_written_is_said_before_any_work(predictor, tmp_path):
