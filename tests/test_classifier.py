@@ -122,6 +122,13 @@ def test_learning_rate_ends_near_zero_after_its_peak(tmp_path):
     assert rates == pytest.approx([0.5 * x for x in (2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)])
 
 
+def test_layer_decay_reaches_the_optimiser(tmp_path):
+    model = classifier(lr=0.01, optimizer="adamw", layer_decay=0.5)
+    (run := trainer(tmp_path, max_steps=1)).fit(model, loader(batch_of(4)))
+    rates = {group["initial_lr"] for group in run.optimizers[0].param_groups}
+    assert rates == {0.01, 0.01 / 2, 0.01 / 4, 0.01 / 8}  # head, two blocks, embedding
+
+
 def test_endless_run_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"give trainer.max_epochs or trainer.max_steps"):
         trainer(tmp_path, max_epochs=-1).fit(classifier(), loader(batch_of(4)))
@@ -241,6 +248,9 @@ def test_small_images_are_means_of_large_ones():
     torch.testing.assert_close(model.rescale(ramp)[..., 1:-1], (ramp[..., ::2] + 0.5)[..., ::2, 1:-1])
     stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
     assert model.rescale(stripes)[..., 1:-1].abs().max() < 0.3
+    model = classifier(Stepped, resolution=[(1.0, 0.25)], image_size=(16, 16))
+    stripes = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(4).expand(1, 1, 16, 16)  # of which two of four would be seen
+    assert model.rescale(stripes)[..., 1:-1].abs().max() < 0.3
 
 
 @pytest.mark.parametrize(
@@ -261,8 +271,8 @@ def test_resolution_that_cannot_be(resolution, message):
 
 @pytest.fixture
 def measured() -> tuple[ViTClassifier, Batch, np.ndarray]:
-    """A model with opinions, 37 images and the model's probabilities of them."""
-    model, batch = classifier(), batch_of(37)
+    """A model with opinions, 37 images and the model's probabilities of them; only training smooths labels."""
+    model, batch = classifier(label_smoothing=0.3), batch_of(37)
     torch.nn.init.normal_(model.vit.head.weight, std=0.5)
     return model, batch, logits_of(model, batch.images).double().softmax(-1).numpy()
 
@@ -348,9 +358,10 @@ def test_test_measures_calibrated_probabilities_too(tmp_path, measured):
     assert found["test/ece_calibrated"] == pytest.approx(calibration_error(softer, labels), abs=1e-6)
 
 
-def test_two_classes_have_no_top_five(tmp_path):
-    model, batch = classifier(class_names=("cat", "dog")), batch_of(8)
-    batch = batch._replace(labels=batch.labels % 2)
+@pytest.mark.parametrize("count", [2, 5])
+def test_so_few_classes_have_no_top_five(tmp_path, count):
+    model, batch = classifier(class_names=CLASSES[:count]), batch_of(8)
+    batch = batch._replace(labels=batch.labels % count)
     assert "val/acc5" not in trainer(tmp_path).validate(model, loader(batch), verbose=False)[0]
 
 
@@ -419,6 +430,18 @@ def test_checkpoint_gives_the_same_model_and_says_what_it_is(saved):
     assert about.metrics.keys() == {"val/acc", "val/acc5", "val/balanced_acc", "val/ece", "val/loss"}
     assert (about.training["steps"], about.training["devices"]) == (1, 1)
     assert about.training["torch"] == str(torch.__version__)
+    checkpoint: dict[str, Any] = {"state_dict": {"temperature": torch.tensor(9.0)}}  # as where weights are averages
+    model.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"]["temperature"] == model.temperature
+
+
+def test_minutes_are_those_of_all_parts_of_a_run(saved, tmp_path):
+    raw = torch.load(saved[1], weights_only=True)
+    raw["vit"]["training"]["minutes"] = 7.0
+    torch.save(raw, saved[1])
+    model, run = classifier(resolution=[(0.5, 0.5)]), trainer(tmp_path, max_epochs=2)
+    run.fit(model, loader(batch_of(8)), loader(batch_of(9, seed=1)), ckpt_path=saved[1], weights_only=True)
+    assert 7 <= model.about().training["minutes"] < 8
 
 
 @pytest.mark.parametrize("measured", ["model", "data"])
