@@ -76,6 +76,14 @@ def test_map_lies_where_the_box_is():
     assert 100 <= x < 125
 
 
+def test_the_box_is_enlarged_with_the_image():
+    panel = overlay(Image.new("RGB", (40, 16), (100, 100, 100)), np.eye(2), box=(8, 0, 32, 16))
+    seen = (np.asarray(panel)[:, -320:] != round(100 * DIMMED)).any(2)  # at eight times its size
+    assert seen[:, 64:256].all()
+    assert not seen[:, :64].any()
+    assert not seen[:, 256:].any()
+
+
 def test_enlarged_keeps_the_order_of_patches():
     grid = np.random.default_rng(0).random((7, 5))
     centres = enlarged(grid, 50, 70)[5::10, 5::10]
