@@ -17,7 +17,7 @@ from PIL import Image
 from vit.checkpoint import Checkpoint
 from vit.preprocess import Preprocess
 from vit.report import TOP, write_report
-from vit.survey import COARSEST, SURVEYED
+from vit.survey import CLASSES, COARSEST, SURVEYED
 
 NAMES = ("airplane", "data", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck", "lorry", "van")
 ABOUT = Checkpoint(
@@ -100,6 +100,12 @@ def test_page_says_what_was_given(tmp_path):
     assert content["about"]["metrics"] == {"val/acc": 0.8214}  # what is no number is left out
     assert content["about"]["size"] == "48\u00d732"
     assert content["classes"] == []
+
+
+def test_the_page_has_the_first_classes_and_says_how_many_there_are(tmp_path):
+    content = data(write_report(tmp_path / "r.html", ABOUT, [], [view(str(i)) for i in range(CLASSES + 5)]))
+    assert [one["name"] for one in content["classes"]] == [str(i) for i in range(CLASSES)]
+    assert content["kinds"] == CLASSES + 5
 
 
 def test_attention_comes_through(tmp_path):
