@@ -84,6 +84,9 @@ def test_layers_move_slower_the_lower_they_are(name, hidden):
     assert named["blocks.0.mlp.fc1.weight"] == hidden / 8
     for key in ("pos_embed", "cls_token", "reg_token", "patch_embed.proj.weight", "patch_embed.proj.bias"):
         assert named[key] == 0.01 / 16
+    mean = VisionTransformer(**SIZES, pool="mean")  # whose last norm has another name
+    groups = build_optimizer(mean, name=name, lr=0.01, muon_lr=0.05, weight_decay=0.1, layer_decay=0.5).param_groups
+    assert [g["lr"] for g in groups for p in g["params"] if p is mean.fc_norm.weight] == [0.01]
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(p) for p in model.parameters() if p.ndim == 2 or p.ndim == 4}
 

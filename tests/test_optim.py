@@ -128,6 +128,7 @@ def test_muon_is_timms(model):
         theirs.step()
         for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(mine, other)
+    assert {group["betas"] for group in ours.param_groups} == {(0.9, 0.99)}  # as with AdamW
     mine, other = ours.state_dict(), theirs.state_dict()
     assert mine["param_groups"] == other["param_groups"]
     torch.testing.assert_close(mine["state"], other["state"], rtol=0, atol=0)
