@@ -296,6 +296,23 @@ def test_statistics_are_those_of_the_pixels(tmp_path, shards):
     assert source.std == pytest.approx(np.maximum(values.std(0), 1 / 255), abs=1e-6)
 
 
+def test_statistics_of_many_are_of_some_from_all_over(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr("data.stream.SAMPLE", 20)  # of 34
+    source: Any = load_source(f"wds/{shards}", root=tmp_path / "root", image_size=8)
+    assert source.mean[0] == pytest.approx(16.5 / 255, abs=1 / 255)  # and not those of the first ones, 9.5
+
+
+def test_the_seed_of_the_data_is_that_of_a_stream(tmp_path, shards):
+    orders = []
+    for seed in (0, 0, 1):
+        source = {"dataset": f"wds/{shards}", "root": str(tmp_path / "root"), "image_size": 8, "num_workers": 0}
+        module = ImageDataModule(**source, seed=seed, val_fraction=0)
+        module.setup()
+        orders.append([index for batch in module.train_dataloader() for index in batch.indices.tolist()])
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+
+
 def test_statistics_follow_the_files(tmp_path, shards):
     """Shards written anew with other images, as many as before."""
     means = []
