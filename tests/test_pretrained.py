@@ -426,9 +426,10 @@ def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 
-def test_other_statistics_do_not_change_what_the_weights_see(tmp_path):
+@pytest.mark.parametrize("change", [{}, {"mean": (0.5,) * 3}, {"std": (0.25,) * 3}], ids=["both", "std", "mean"])
+def test_other_statistics_do_not_change_what_the_weights_see(tmp_path, change):
     old, path = saved(tmp_path)
-    other = {"mean": (0.3, 0.4, 0.7), "std": (0.1, 0.2, 0.5)}
+    other = {"mean": (0.3, 0.4, 0.7), "std": (0.1, 0.2, 0.5)} | change
     new, notes = start(path, statistics=other)
     assert notes == ["mean and std of the new images folded into the patch embedding"]
     pixels = torch.rand(2, 3, 32, 32)
