@@ -77,6 +77,9 @@ def test_round_trip_through_timm_is_bit_equal(tmp_path, arguments):
         assert described.preprocess == about.preprocess
     described = load_pretrained(tmp_path / "a")[1]
     assert (described.temperature, described.metrics, described.training) == (1.7, {"val/acc": 0.5}, {"steps": 3})
+    white = replace(about.preprocess, white=4095.0)  # which timm knows nothing of
+    export.export_timm(model, replace(about, preprocess=white), tmp_path / "c")
+    assert load_pretrained(tmp_path / "c")[1].preprocess == white
 
 
 def test_timm_gets_what_it_needs_to_classify(tmp_path):
