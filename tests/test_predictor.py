@@ -475,6 +475,22 @@ def test_a_large_jpeg_is_explained_as_it_is_predicted(predictor, tmp_path):
         assert explanation.image.size == (800, 600)
 
 
+def test_an_image_of_12_bits_is_shown_as_it_is_seen(predictor, tmp_path):
+    grey = np.linspace(0, 255, 30 * 40).reshape(30, 40)
+    Image.fromarray((grey * 16).astype(np.uint16)).save(tmp_path / "a.png")
+    about = replace(predictor.about, preprocess=replace(predictor.preprocess, white=4080))
+    shown = Predictor(predictor.model, about, device="cpu").explain(tmp_path / "a.png").image
+    assert np.abs(np.asarray(shown)[..., 0] - grey).max() <= 1
+
+
+def test_a_model_in_training_is_asked_as_one_that_is_trained(predictor):
+    (image,) = pictures(1)
+    expected = predictor.predict(image)
+    again = Predictor(predictor.model.train(), predictor.about, device="cpu")
+    assert not again.model.training
+    assert again.predict(image) == expected
+
+
 def test_explanation_of_a_class(predictor):
     (image,) = pictures(1)
     maps = {name: predictor.explain(image, target=name) for name in NAMES}
