@@ -29,10 +29,11 @@ from vit import Predictor
 from vit.checkpoint import Checkpoint, save_checkpoint
 from vit.faithfulness import faithfulness
 from vit.gallery import map_name
+from vit.inputs import Inputs
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.rollout import CLASS_METHOD, CLASS_SPECIFIC, METHODS
-from vit.run import Stopped, is_long, signals, write_classes
+from vit.run import Stopped, Summary, is_long, progress, signals, write_classes
 
 ROOT = Path(__file__).parent.parent
 NAMES = tuple(f"class {i}" for i in range(7))
@@ -268,6 +269,40 @@ def test_classes_threshold_and_top_k(run, images):
     assert [record["unsure"] for record in good] == unsure
     assert 0 < sum(unsure) < len(good)
     assert f"{sum(unsure)} unsure" in err
+    alone = (good[0]["path"], "--format", "jsonl", "--threshold")
+    best = json.loads(run(*alone, 0)[1])["predictions"][0]["score"]  # which is not below itself
+    assert not json.loads(run(*alone, best)[1])["unsure"]
+
+
+def test_the_end_says_ten_classes_and_how_fast_this_run_was(capfd):
+    summary = Summary()
+    for number in range(13):
+        summary.add({"path": f"{number}.png", "predictions": [{"label": f"class {number}", "score": 1.0}]})
+    summary.begin -= 10
+    summary.resumed = 8  # are another run's
+    summary.tell(predict.parser().parse_args(["a"]), Inputs([]))
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "13 images in 10.0 s (0.5/s): 13 classified, 0 failed"
+    assert second.endswith("class 9 1 and 3 more classes")
+
+
+def test_the_bar_counts_the_images_of_its_part(images, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("vit.run.UNIT", 8)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)
+    for part, total in (("1/4", 32), ("3/4", 32), ("4/4", 24), ("1/1", 120)):  # of fifteen blocks of eight
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        options = predict.parser().parse_args([str(images), "--recursive", "--shard", part, "--out", "x.csv"])
+        with progress(options, Inputs(options.sources, recursive=True)) as advance:
+            advance(3)
+            end = time.monotonic() + 20
+            while "left" not in terminal.getvalue() and time.monotonic() < end:
+                time.sleep(0.01)
+        assert f" 3/{total} images" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
 
 
 def test_class_names_for_a_full_disk(monkeypatch, capfd):
@@ -516,6 +551,7 @@ def test_shards_are_one_run(run, images, monkeypatch):
     parts = [run(*options, "--batch-size", 8, "--shard", f"{i}/4")[1].splitlines() for i in range(1, 5)]
     assert sorted(line for part in parts for line in part) == sorted(whole)
     assert min(map(len, parts)) >= 24
+    assert run(images / "0/0.png", "--shard", "2/2")[:2] == (0, "")  # a part of so few that it has none
     for i, part in enumerate(parts, 1):  # on machines with batches of other sizes too
         other = run(*options, "--batch-size", 3 * i, "--shard", f"{i}/4")[1].splitlines()
         assert [json.loads(line)["path"] for line in other] == [json.loads(line)["path"] for line in part]
