@@ -9,6 +9,8 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +162,16 @@ def test_buffer_loses_nothing_and_mixes():
         assert sorted(out) == list(range(500))
         assert size == 1 or out != sorted(out)
         assert all(place >= index - size for place, index in enumerate(out))  # nothing comes before it was read
+        assert size == 1 or sum(b == a + 1 for a, b in pairwise(out)) < 500 / 4  # few are still neighbours
+
+
+def test_each_epoch_orders_the_shards_and_mixes_their_samples_anew(shards):
+    whole = stream(shards)
+    for part, buffer in ((whole, 1), (replace(whole, chosen=(2,)), 6)):
+        data = StreamDataset(part, seed=0, buffer=buffer)
+        first, second = ([sample.index for sample in data.samples(epoch, 0, len(data))] for epoch in (0, 1))
+        assert sorted(first) == sorted(second)
+        assert first != second
 
 
 def test_evaluation_keeps_the_order(shards):
@@ -413,6 +425,10 @@ def test_validation_is_held_out_by_shards(shards):
     assert sorted(train.chosen + val.chosen) == [0, 1, 2, 3, 4]
     assert len(val.chosen) == 1
     assert whole.hold_out(0.2)[1].chosen == val.chosen
+    assert len(whole.hold_out(0.35)[1].chosen) == 2
+    drawn = replace(whole, chosen=tuple(range(40))).hold_out(0.25)[1].chosen  # shards may be of one class each
+    assert len(drawn) == 10
+    assert min(drawn) < 10 <= 30 <= max(drawn)
     indices = [[sample.index for sample in part.read(part.chosen, 0, len(part))] for part in (train, val)]
     assert sorted(indices[0] + indices[1]) == list(range(34))
     with pytest.raises(DataError, match=r"1 shards of training samples are too few to hold out 0.1"):
