@@ -87,6 +87,7 @@ def test_temperature_divides_the_logits(tmp_path):
     a = torch.tensor([one.predict(image).scores[name] for name in NAMES])
     b = torch.tensor([three.predict(image).scores[name] for name in NAMES])
     torch.testing.assert_close((a.log() / 3).softmax(0), b)
+    assert three.explain(image).prediction.scores == pytest.approx(three.predict(image).scores, abs=1e-6)
 
 
 def test_path_file_and_image_are_one(predictor, tmp_path):
@@ -132,6 +133,7 @@ def test_an_array_of_16_bit_colour_is_the_image_of_its_file(predictor, tmp_path)
         (np.zeros((2, 8, 8, 3), np.uint8), "not an array of uint8 (2, 8, 8, 3); predict_iter takes many images"),
         (np.zeros((8, 8, 3)), "not an array of float64 (8, 8, 3)"),
         (np.zeros((3, 8, 8), np.uint8), "not an array of uint8 (3, 8, 8)"),
+        (np.zeros((8, 8, 2), np.uint8), "not an array of uint8 (8, 8, 2)"),
         (np.zeros((0, 8), np.uint8), "not an array of uint8 (0, 8)"),
         (np.zeros(8, np.uint8), "not an array of uint8 (8,)"),
     ],
