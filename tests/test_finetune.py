@@ -47,9 +47,11 @@ def test_architecture_is_read_from_the_file(pretrained):
 def test_stochastic_depth_is_what_this_training_asks_for(pretrained):
     """... and not what the old one did, or else `--model.drop_path_rate 0` would be ignored without a word."""
     assert load_checkpoint(pretrained)[1].architecture["drop_path_rate"] == 0.2
-    model = ViTClassifier(**DATA, pretrained=str(pretrained), drop_path_rate=0.0)
-    assert model.vit.architecture["drop_path_rate"] == 0
-    assert isinstance(model.vit.blocks[-1].drop_path, torch.nn.Identity)
+    asked: dict[str, Any]
+    for asked in ({"drop_path_rate": 0.0}, {}):
+        model = ViTClassifier(**DATA, pretrained=str(pretrained), **asked)
+        assert model.vit.architecture["drop_path_rate"] == 0
+        assert isinstance(model.vit.blocks[-1].drop_path, torch.nn.Identity)
 
 
 def test_what_contradicts_the_file_is_refused(pretrained):

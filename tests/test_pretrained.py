@@ -321,6 +321,8 @@ def test_labels_that_a_timm_model_carries_twice_are_told_apart():
     assert len(set(labels_of(model))) == 3
     model.pretrained_cfg["label_descriptions"] = {"crane": "a bird or a machine"}
     assert len(set(labels_of(model))) == 3
+    model.pretrained_cfg["label_names"] = {"1": "dog", "0": "cat", "2": "owl"}  # by number, in whatever order
+    assert labels_of(model) == CLASSES
 
 
 def test_predictor_with_a_timm_folder_classifies_and_explains(tmp_path):
@@ -469,6 +471,7 @@ def test_weights_of_timm_are_not_copied():
     theirs = tiny_timm()
     ours, _ = from_timm(theirs)
     assert ours.head.weight.data_ptr() == theirs.head.weight.data_ptr()
+    assert from_timm(theirs.bfloat16())[0].head.weight.dtype == torch.float32  # but where they are of another type
 
 
 def test_the_weights_that_come_along_have_a_name(tmp_path, monkeypatch):
