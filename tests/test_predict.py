@@ -274,6 +274,11 @@ def test_classes_threshold_and_top_k(run, images):
     assert not json.loads(run(*alone, best)[1])["unsure"]
 
 
+def test_precision_is_what_is_asked_for(run, images):
+    full, low = (run(images / "0/?.png", "--format", "jsonl", "--precision", p)[1] for p in ("float32", "bfloat16"))
+    assert full != low
+
+
 def test_the_end_says_ten_classes_and_how_fast_this_run_was(capfd):
     summary = Summary()
     for number in range(13):
