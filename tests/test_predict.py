@@ -878,6 +878,7 @@ def test_unfinished_records_are_not_discarded_without_a_word(ending, run, images
     said = f"predict.py: {partial}: the records of an unfinished run were discarded"
     assert code == 0
     assert err.splitlines()[0] == said + "; --resume would have gone on with them" * (ending == "csv")
+    assert "unfinished" not in out.read_text()
     assert not partial.exists()
     partial.touch()  # nothing is lost with this one
     assert "discarded" not in run(images / "0/0.png", "--out", out)[2]
