@@ -433,6 +433,9 @@ def test_checkpoint_gives_the_same_model_and_says_what_it_is(saved):
     checkpoint: dict[str, Any] = {"state_dict": {"temperature": torch.tensor(9.0)}}  # as where weights are averages
     model.on_save_checkpoint(checkpoint)
     assert checkpoint["state_dict"]["temperature"] == model.temperature
+    assert model.about().metrics == about.metrics
+    model.validated = 0  # as if they had been trained on since
+    assert model.about().metrics == {}
 
 
 def test_minutes_are_those_of_all_parts_of_a_run(saved, tmp_path):
