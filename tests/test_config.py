@@ -104,3 +104,27 @@ def test_what_is_mentioned_of_a_model_in_every_form(tmp_path):
     for options in (["--model", "a.yaml"], ["--model={}"], ["--config", str(whole)]):
         with pytest.raises(ValueError, match="give the model's settings one by one"):
             mentioned(["fit", *files, *options], "model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("model: {image_size: 64}\n", "model.image_size follows from data.image_size: give that"),
+        ("fit:\n  model: {white: 4095}\n", "model.white follows from data.white: give that"),
+        ("model: {class_names: [a, b]}\n", "model.class_names comes from the images: leave it out"),
+        ("data: {seed: 3}\n", "data.seed follows from seed_everything: give that"),
+        ("checkpoint: {dirpath: there}\n", "checkpoint.dirpath follows from trainer.default_root_dir: give that"),
+    ],
+)
+def test_what_follows_from_something_else_is_refused_and_not_passed_over(tmp_path, capsys, settings, message):
+    (tmp_path / "mine.yaml").write_text(settings)
+    given = ["--data.dataset", "digits", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps", "1"]
+    assert train.main(["fit", "--config", f"{tmp_path}/mine.yaml", *given]) == 2
+    assert capsys.readouterr().err == f"train.py: {message}\n"
+
+
+def test_as_an_option_too_and_a_file_that_is_not_there_is_the_parsers_affair(tmp_path, capsys):
+    assert train.main(["fit", "--data.dataset", "digits", "--model.image_size=64"]) == 2
+    assert capsys.readouterr().err == "train.py: model.image_size follows from data.image_size: give that\n"
+    assert train.main(["fit", "--config", f"{tmp_path}/none.yaml", "--model.image_size=64"]) == 2
+    assert "none.yaml" in capsys.readouterr().err

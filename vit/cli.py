@@ -24,7 +24,7 @@ from rich.console import Console
 
 from vit.checkpoint import load_checkpoint
 from vit.classifier import MOST_TABLED
-from vit.config import configs_first, mentioned
+from vit.config import configs_first, mentioned, refuse_derived
 from vit.folder import RESULTS, check_writable, locked, of_another, put_aside, put_back, refuse_foreign
 from vit.guard import Guard
 from vit.history import History
@@ -151,6 +151,7 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Of a pretrained model's architecture keep what was asked for, and no default that it may contradict."""
+        refuse_derived(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
         settings = self.config[subcommand] if subcommand else self.config

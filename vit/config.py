@@ -22,6 +22,14 @@ FORMS = {
 }
 VALUES = {"save_dir": "save_dir FOLDER", "monitor": "monitor val/loss"}  # of what callbacks and loggers need
 JOINED = re.compile(r"--config=|-c=?(?=.)")  # an option with its file in the same word
+DERIVED = {  # settings that follow from others, or from the images; jsonargparse passes over them in a file
+    "model.image_size": "data.image_size",
+    "model.white": "data.white",
+    **dict.fromkeys(("model.class_names", "model.mean", "model.std"), ""),
+    "data.seed": "seed_everything",
+    "data.compile": "model.compile",
+    "checkpoint.dirpath": "trainer.default_root_dir",
+}
 SECTIONS = {"model", "data", "data.augment", "trainer", "checkpoint", "guard"}
 
 
@@ -186,6 +194,14 @@ def mentioned(args: Any, part: str) -> set[str]:
     Raises:
         ValueError: If they are mentioned as a whole, where none could be told from a default.
     """
+    names = mentions(args, part)
+    if part in names:
+        raise ValueError(f"give the {part}'s settings one by one, as some depend on others: --{part}.NAME VALUE")
+    return {name.removeprefix(f"{part}.") for name in names}
+
+
+def mentions(args: Any, part: str) -> list[str]:
+    """Settings of a part that the command or its files mention, with the part's name before them, or that alone."""
     words = [str(word) for word in args] if isinstance(args, list | tuple) else []
     names = [word[2:].partition("=")[0] for word in words if word.startswith(f"--{part}")]
     for path in configs(args):
@@ -194,6 +210,21 @@ def mentioned(args: Any, part: str) -> set[str]:
             parts = settings.get(part)
             names += [f"{part}.{name}" for name in parts] if isinstance(parts, dict) else [part] if parts else []
             names += [name for name in settings if str(name).startswith(f"{part}.")]
-    if part in names:
-        raise ValueError(f"give the {part}'s settings one by one, as some depend on others: --{part}.NAME VALUE")
-    return {name.removeprefix(f"{part}.") for name in names}
+    return names
+
+
+def refuse_derived(args: Any) -> None:
+    """Refuse what would be passed over in a file, because it follows from something else: the model would differ.
+
+    Args:
+        args: The command; of files that are not there the parser says so.
+
+    Raises:
+        ConfigError: With what to give instead.
+    """
+    if not all(os.path.isfile(path) for path in configs(args)):
+        return
+    for name, source in DERIVED.items():
+        if name in mentions(args, name.partition(".")[0]):
+            way = f"follows from {source}: give that" if source else "comes from the images: leave it out"
+            raise ConfigError(f"{name} {way}")
