@@ -34,7 +34,8 @@ def test_is_the_minimum_of_the_likelihood(temperature):
     logits, labels = drawn(500, temperature)
 
     def nll(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits.double() / np.exp(log_temperature), labels))
+        logs = (logits.double() / np.exp(log_temperature)).log_softmax(1)
+        return float(F.nll_loss(logs, labels, reduction="sum") - logs.mean())  # one image more, of any class
 
     best = minimize_scalar(nll, bounds=(np.log(0.25), np.log(8)), method="bounded", options={"xatol": 1e-8})
     assert found((logits, labels)) == pytest.approx(np.exp(best.x), rel=1e-3)
@@ -46,7 +47,10 @@ def test_is_the_minimum_of_the_likelihood(temperature):
     ids=["the same", "but for rounding", "certain"],
 )
 def test_scores_stay_as_they_are_where_no_temperature_is_better(logits):
-    assert found((logits, torch.arange(5).repeat(8))) == 1
+    labels = torch.arange(5).repeat(8)
+    temperature = found((logits, labels))
+    assert torch.equal((logits / temperature).softmax(1), logits.softmax(1))
+    assert temperature == 1 or logits.any()
 
 
 def test_weights_that_overflow_do_not_end_the_run():
@@ -86,9 +90,19 @@ def test_half_precision_logits_are_summed_in_full():
 
 
 def test_stays_in_range_when_no_temperature_is_best():
-    logits = drawn(200, 1.0)[0]
-    assert found((10 * logits, logits.argmax(-1))) == pytest.approx(0.25)  # never wrong: the sharper the better
+    logits = drawn(20_000, 1.0)[0]
+    assert found((0.1 * logits, logits.argmax(-1))) == pytest.approx(0.25)  # never wrong: the sharper the better
     assert found((100 * logits, logits.argmin(-1))) == pytest.approx(8)  # always wrong: the flatter the better
+
+
+def test_few_images_that_are_all_right_do_not_make_a_mistake_certain():
+    logits, labels = drawn(2000, 1.0)
+    right = (logits.argmax(1) == labels).nonzero()[:50, 0]
+    rest = torch.ones(2000, dtype=torch.bool).index_fill(0, right, False)
+    temperature = found((logits[right], labels[right]))
+    sharpest, ours = (F.cross_entropy(logits[rest] / each, labels[rest]) for each in (0.25, temperature))
+    assert 0.5 < temperature < 2
+    assert ours < 0.7 * sharpest
 
 
 def test_reset_forgets():
