@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -163,6 +164,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
 
 
 def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
+    with open(path, "rb") as file:
+        whole = is_zipfile(file)  # whose table of contents is at its end; torch has other words, or none, without it
+    if not whole:
+        raise CheckpointError("refused, truncated or not written by train.py")
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
