@@ -298,6 +298,7 @@ def test_validation_measures_what_scikit_learn_does(tmp_path, measured, size):
             "val/acc5": metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=everything),
             "val/loss": metrics.log_loss(labels, probabilities, labels=everything),
             "val/ece": calibration_error(probabilities, labels),
+            "val/ece_calibrated": calibration_error(probabilities, labels),  # by a temperature of 1
         },
         abs=5e-6,
     )
@@ -347,15 +348,16 @@ def test_many_classes_take_no_table_of_pairs(deterministic):
     assert model.confusion_matrix.compute().diagonal().sum() == 8
 
 
-def test_test_measures_calibrated_probabilities_too(tmp_path, measured):
+@pytest.mark.parametrize(("what", "stage"), [("test", "test"), ("validate", "val")])
+def test_a_measurement_is_of_calibrated_probabilities_too(tmp_path, measured, what, stage):
     model, batch, probabilities = measured
     model.temperature.fill_(2.5)
-    (found,) = trainer(tmp_path).test(model, loader(*parts(batch, 8)), verbose=False)
+    (found,) = getattr(trainer(tmp_path), what)(model, loader(*parts(batch, 8)), verbose=False)
     labels, softer = batch.labels.numpy(), probabilities**0.4
-    assert found["test/acc"] == pytest.approx(metrics.accuracy_score(labels, probabilities.argmax(1)))
-    assert found["test/ece"] == pytest.approx(calibration_error(probabilities, labels), abs=1e-6)
+    assert found[f"{stage}/acc"] == pytest.approx(metrics.accuracy_score(labels, probabilities.argmax(1)))
+    assert found[f"{stage}/ece"] == pytest.approx(calibration_error(probabilities, labels), abs=1e-6)
     softer = softer / softer.sum(1, keepdims=True)
-    assert found["test/ece_calibrated"] == pytest.approx(calibration_error(softer, labels), abs=1e-6)
+    assert found[f"{stage}/ece_calibrated"] == pytest.approx(calibration_error(softer, labels), abs=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 5])

@@ -139,7 +139,7 @@ class ViTClassifier(LightningModule):
                 raise ValueError(fault.format(height, width)) from None
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics, self.test_metrics = self._metrics("val/"), self._metrics("test/")
-        self.test_ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15, validate_args=False)
+        self.ece_calibrated = MulticlassCalibrationError(len(class_names), n_bins=15, validate_args=False)
         few = len(class_names) <= MOST_TABLED
         self.confusion_matrix = ConfusionMatrix(len(class_names)) if few else None
         self.confusion: Tensor | None = None  # of the last measurement: images of each class (row) given each class
@@ -253,15 +253,19 @@ class ViTClassifier(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self._evaluate("val", batch, self.val_loss, self.val_metrics)
         self.fit_temperature.update(logits, batch.labels)
-        if self.confusion_matrix is not None and self.trainer.state.fn == "validate":
-            self.confusion_matrix.update(logits.argmax(-1), batch.labels)
+        if self.trainer.state.fn == "validate":
+            self._measure("val", logits, batch.labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self._evaluate("test", batch, self.test_loss, self.test_metrics)
-        self.test_ece_calibrated.update((logits / self.temperature).softmax(-1), batch.labels)
-        self.log("test/ece_calibrated", self.test_ece_calibrated, on_step=False, on_epoch=True)
+        self._measure("test", logits, batch.labels)
+
+    def _measure(self, stage: str, logits: Tensor, labels: Tensor) -> None:
+        """What is of trained weights alone: the error of the scores that predict.py gives, and what was mistaken."""
+        self.ece_calibrated.update((logits / self.temperature).softmax(-1), labels)
+        self.log(f"{stage}/ece_calibrated", self.ece_calibrated, on_step=False, on_epoch=True)
         if self.confusion_matrix is not None:
-            self.confusion_matrix.update(logits.argmax(-1), batch.labels)
+            self.confusion_matrix.update(logits.argmax(-1), labels)
 
     def on_test_epoch_end(self) -> None:
         if self.confusion_matrix is not None:
