@@ -128,3 +128,20 @@ def test_as_an_option_too_and_a_file_that_is_not_there_is_the_parsers_affair(tmp
     assert capsys.readouterr().err == "train.py: model.image_size follows from data.image_size: give that\n"
     assert train.main(["fit", "--config", f"{tmp_path}/none.yaml", "--model.image_size=64"]) == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        ("{class_path: EarlyStopping, init_args: {monitor: val/loss, patienc: 3}}", "there is no option patienc"),
+        (
+            "{EarlyStopping: {monitor: val/loss}}",
+            "there is no option EarlyStopping.monitor; give a class as 'class_path: NAME', and its options below "
+            "'init_args:'",
+        ),
+    ],
+)
+def test_an_option_that_a_callback_has_not_is_named(tmp_path, capsys, callback, message):
+    (tmp_path / "mine.yaml").write_text(f"trainer:\n  callbacks:\n    - {callback}\n")
+    assert train.main(["fit", "--config", f"{tmp_path}/mine.yaml", "--data.dataset", "digits"]) == 2
+    assert capsys.readouterr().err == f"train.py: trainer.callbacks: {message}\n"

@@ -146,6 +146,9 @@ def refusal(name: str, types: str, value: str) -> str:
         if said := re.search(rf"- ({option} cannot be .*)", types):  # by the parser of the class's own options
             return f"{name}.{said[1]}"
         return f"{name}.{option}: there is no such option of what {name} names"
+    if odd := re.search(r"Option '([\w.]+)' is not accepted", types):  # in a file
+        way = "; give a class as 'class_path: NAME', and its options below 'init_args:'" if "." in odd[1] else ""
+        return f"{name}: there is no option {odd[1]}{way}"
     lacks = re.search(r"required: ([\w, ]+)", types)
     if classes := re.findall(r"Namespace\(class_path='[\w.]*?(\w+)'((?:(?!Namespace\(class_path).)*)", value, re.S):
         missing = f"{lacks[1].split(', ')[0]}=None" if lacks else ""
