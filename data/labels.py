@@ -126,7 +126,8 @@ def class_folders(folders: list[Path]) -> tuple[str, ...]:
     names = sorted({composed(name) for folder in folders for name in subfolders(folder)})
     if len(names) < 2:
         inside = f"only one class folder, {names[0]}/" if names else "no class folders"
-        raise DataError(f"{folders[0]} has {inside}: give each class a folder of images, two classes or more")
+        shards = f"; its tar files as shards: wds/{folders[0]}" if any(folders[0].glob("*.tar")) else ""
+        raise DataError(f"{folders[0]} has {inside}: give each class a folder of images, two classes or more{shards}")
     return tuple(names)
 
 

@@ -377,6 +377,10 @@ BAD_FOLDERS = {
     ),
     "file": (lambda x: x.touch(), "x is a file: --data.dataset takes 'digits', 'cifar10'"),
     "empty": (lambda x: x.mkdir(), "x has no class folders: give each class a folder"),
+    "shards": (
+        lambda x: (x.mkdir(), (x / "a.tar").touch()),
+        "x has no class folders: give each class a folder of images, two classes or more; its tar files as shards: wds",
+    ),
     "loose images": (
         lambda x: (x.mkdir(), Image.new("L", SIZE).save(x / "0.png")),
         "x has no class folders: give each class a folder",
