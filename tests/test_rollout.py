@@ -343,6 +343,17 @@ def test_lrp_refuses_a_model_in_training():
     assert model.training
 
 
+def test_lrp_has_gradients_outside_of_the_autocast_that_it_was_computed_in():
+    """As on a GPU, where another thread computes them."""
+    layer, gradients = nn.Linear(6, 3), []
+    for enabled in (False, True):
+        x = torch.linspace(-1, 1, 24).view(4, 6).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), AttnLRP():
+            y = layer(x)
+        gradients += torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(*gradients, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("activation", [F.gelu, F.silu])
 def test_lrp_of_a_non_linearity_has_the_gradient_of_a_factor_even_at_zero(activation):
     x = torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0], requires_grad=True)

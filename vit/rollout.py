@@ -327,6 +327,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, share = ctx.saved_tensors
+        weight = weight.to(share.dtype)  # which autocast had made of it; a GPU's thread for gradients has none
         of_y, of_sizes = (1 + ctx.gamma / 2) * share.abs(), ctx.gamma / 2 * share
         through_sizes = ctx.turned(weight.abs(), gradients[0] * of_sizes)
         return through_sizes.mul_(x.sign()).add_(ctx.turned(weight, gradients[0] * of_y)), *(None,) * 6
