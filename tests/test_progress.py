@@ -268,13 +268,16 @@ def test_the_end_is_drawn_and_says_where_the_result_lies(clock, module):
     progress, trainer = watched(), trainer_of(max_epochs=2)
     train(progress, trainer, module, clock, epochs=2, seconds=0.1)
     assert re.search(r"epoch 2/2 .* 100%.* val acc 51.0%.* 0:00:00 left", text(progress).splitlines()[-1])
-    module.exported = Path("runs/x/model.safetensors"), SimpleNamespace(metrics={"val/acc": 0.512})
+    module.exported = (
+        Path("runs/x/model.safetensors"),
+        SimpleNamespace(metrics={"val/acc": 0.512}, training={"epochs": 7}),
+    )
     module.measured, module.validated = True, 2
     progress.teardown(trainer, module, "test")
     assert "best weights" not in text(progress)
     progress.teardown(trainer, module, "fit")
     assert text(progress).splitlines()[-2:] == [
-        "best weights, val acc 51.2%: runs/x/model.safetensors",
+        "best weights, epoch 7, val acc 51.2%: runs/x/model.safetensors",
         "classify with them: python predict.py IMAGE --checkpoint runs/x/model.safetensors",
     ]
 

@@ -478,7 +478,7 @@ def test_classes_of_different_size(tmp_path, capfd):
     data += ["--checkpoint.monitor=val/balanced_acc", "--checkpoint.mode=max"]
     shown = ["--trainer.max_epochs=6", "--trainer.enable_progress_bar=true"]
     assert run("fit", root, *data, *shown) == 0
-    assert "best weights, val balanced acc " in capfd.readouterr().err
+    assert re.search(r"best weights, epoch \d+, val balanced acc ", capfd.readouterr().err)
     losses = [row for row in table(root) if "train/loss" in row]
     assert len(losses) == 6  # of three steps each: fewer than Lightning's 50
     rows = [row for row in table(root) if "val/acc" in row]
@@ -1062,6 +1062,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "spawned": (["--trainer.strategy=ddp_spawn"], "trainer.strategy ddp_spawn copies what cannot be copied"),
         "any seed": (["--seed_everything=true"], "seed_everything takes a number"),
+        "negative clipping": (
+            ["--trainer.gradient_clip_val=-1"],
+            "trainer.gradient_clip_val must be at least 0, got -1",
+        ),
         "negative accumulation": (["--trainer.accumulate_grad_batches=-1"], "accumulate_grad_batches must be above 0"),
         "all devices": (["--trainer.devices=-1"], "trainer: "),
         "finder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder trains by a schedule of its own"),

@@ -440,6 +440,8 @@ def check_trainer(config: Any) -> None:
     for name in ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches", "limit_train_batches"):
         if isinstance(config[name], int | float) and config[name] <= 0:
             raise ValueError(f"trainer.{name} must be above 0")
+    if (config["gradient_clip_val"] or 0) < 0:
+        raise ValueError(f"trainer.gradient_clip_val must be at least 0, got {config['gradient_clip_val']}")
     if str(config["strategy"]).endswith("_spawn"):
         raise ValueError(f"trainer.strategy {config['strategy']} copies what cannot be copied; ddp does the same")
     if config["use_distributed_sampler"]:

@@ -176,9 +176,9 @@ class TrainingProgress(ProgressBar):
         path, about = exported
         score = f", {self.metric_name} {about.metrics[self.metric]:.1%}" if self.metric in about.metrics else ""
         why = "none were kept as the best" if pl_module.validated is not None else "nothing was validated"
-        which = "best" if pl_module.measured else f"last ({why})"
+        which = f"best weights, epoch {about.training['epochs']}" if pl_module.measured else f"last ({why}) weights"
         for line in (
-            f"{which} weights{score}: {path}",
+            f"{which}{score}: {path}",
             f"classify with them: python predict.py IMAGE --checkpoint {path}",
         ):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
