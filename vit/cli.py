@@ -151,7 +151,7 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Of a pretrained model's architecture keep what was asked for, and no default that it may contradict."""
-        refuse_derived(sys.argv[1:] if args is None else args)
+        refuse_derived(args)
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none where the parts alone are wanted: run=False
         settings = self.config[subcommand] if subcommand else self.config
