@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from vit.faithfulness import REMOVALS, area, deletion_curve
 from vit.model import LayerNorm2d, VisionTransformer
 from vit.predictor import SHIPPED
 from vit.preprocess import open_image
-from vit.rollout import GAMMA, GAMMA_PIXELS, METHODS, attention_map, pixel_relevance
+from vit.rollout import GAMMA, METHODS, attention_map, pixel_relevance
 
 Maker = Callable[[Tensor], Tensor]  # images (B, C, H, W) to maps (B, grid height, grid width)
 BATCH = 64  # what a CPU's caches hold
@@ -117,7 +118,7 @@ def of_lxt(model: VisionTransformer) -> dict[str, Maker]:
         from zennit.rules import Gamma  # pyright: ignore[reportMissingImports]
 
         monkey_patch_zennit()
-        rules = LayerMapComposite([(nn.Conv2d, Gamma(GAMMA_PIXELS)), (nn.Linear, Gamma(GAMMA))])
+        rules = LayerMapComposite([(nn.Conv2d, Gamma(GAMMA[F.conv2d])), (nn.Linear, Gamma(GAMMA[F.linear]))])
         makers["lxt AttnLRP, gamma rule of zennit"] = lxt_maker(model, rules.register)
     return makers
 

@@ -14,7 +14,6 @@ from vit.rollout import (
     CLASS_SPECIFIC,
     FUSIONS,
     GAMMA,
-    GAMMA_PIXELS,
     METHODS,
     AttnLRP,
     attention_map,
@@ -127,7 +126,7 @@ def reference_legrad(model: VisionTransformer, images: Tensor, target: Tensor) -
 # AttnLRP the long way: relevance goes back operation by operation, by the rules of 2402.05602, without autograd.
 
 
-def linear_rule(x: Tensor, weight: Tensor, y: Tensor, r: Tensor, gamma: float = GAMMA) -> Tensor:
+def linear_rule(x: Tensor, weight: Tensor, y: Tensor, r: Tensor, gamma: float = GAMMA[F.linear]) -> Tensor:
     """Each part of a sum by itself: of the sum's sign it counts 1 + gamma times; the bias is a part too."""
     parts = x[..., None, :] * weight
     parts = torch.cat([parts, (y - parts.sum(-1))[..., None]], -1)
@@ -223,7 +222,7 @@ def conv_rule(conv: Any, x: Tensor, r: Tensor) -> Tensor:
     windows = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
     columns, y = F.unfold(x, **windows).mT, conv(x)
     y, r = (outputs.flatten(2).mT for outputs in (y, r))
-    return F.fold(linear_rule(columns, conv.weight.flatten(1), y, r, GAMMA_PIXELS).mT, x.shape[2:], **windows)
+    return F.fold(linear_rule(columns, conv.weight.flatten(1), y, r, GAMMA[F.conv2d]).mT, x.shape[2:], **windows)
 
 
 @torch.no_grad()

@@ -27,9 +27,7 @@ from vit.model import VisionTransformer
 MEMORY = 2**29  # bytes of attention weights and of what is kept for gradients; a batch that needs more goes in parts
 GPU_MEMORY = 8  # times as much on a GPU, idle with few images; fixed, as the parts show in the last digits of a map
 ROWS = 256  # of the attention matrix at a time on a CPU: with six heads and 1,370 tokens the fastest of 64 to 512
-# Of lrp, for linear maps and for convolutions: by their scores on validation images of CIFAR-10, where 0.01 to 0.05 and
-# 0.5 to 2 come near; without (0, 0) the score is a sixth lower.
-GAMMA, GAMMA_PIXELS = 0.02, 1.0
+GAMMA: dict[Callable, float] = {F.linear: 0.02, F.conv2d: 1.0}  # of lrp, by benchmarks/lrp_gamma.py
 Target = int | Sequence[int] | Tensor  # a class for all images, or one for each
 
 
@@ -333,11 +331,11 @@ class _Linear(torch.autograd.Function):
         return through_sizes.mul_(x.sign()).add_(ctx.turned(weight, gradients[0] * of_y)), *(None,) * 6
 
 
-def _lrp_linear(linear: Callable[..., Tensor], turned: Callable[..., Tensor], gamma: float) -> Callable[..., Tensor]:
+def _lrp_linear(linear: Callable[..., Tensor], turned: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The rule of a linear map, whose transpose takes the shape of the inputs, the weight and a gradient."""
 
     def rule(x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
-        return _Linear.apply(x, weight, bias, linear, turned, gamma, options)  # type: ignore[return-value]
+        return _Linear.apply(x, weight, bias, linear, turned, GAMMA[linear], options)  # type: ignore[return-value]
 
     return rule
 
@@ -347,8 +345,8 @@ def _lrp_layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: fl
 
 
 LRP_RULES: dict[Callable, Callable] = {
-    F.linear: _lrp_linear(F.linear, lambda shape, weight, gradient: gradient @ weight, GAMMA),
-    F.conv2d: _lrp_linear(F.conv2d, conv2d_input, GAMMA_PIXELS),
+    F.linear: _lrp_linear(F.linear, lambda shape, weight, gradient: gradient @ weight),
+    F.conv2d: _lrp_linear(F.conv2d, conv2d_input),
     F.layer_norm: _lrp_layer_norm,
     F.gelu: _lrp_activation(F.gelu),
     F.silu: _lrp_activation(F.silu),
