@@ -105,6 +105,13 @@ def test_few_images_that_are_all_right_do_not_make_a_mistake_certain():
     assert ours < 0.7 * sharpest
 
 
+def test_a_class_that_is_ruled_out_does_not_matter():
+    logits, labels = drawn(200, 3.0)
+    before = found((logits, labels))
+    logits[0, (labels[0] + 1) % logits.shape[1]] = -torch.inf
+    assert found((logits, labels)) == pytest.approx(before, rel=0.02) != 1
+
+
 def test_reset_forgets():
     metric = Temperature()
     metric.update(*drawn(100, 5.0))

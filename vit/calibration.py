@@ -35,11 +35,11 @@ class Temperature(Metric):
         for i, temperature in enumerate(TEMPERATURES.tolist()):
             logs = (logits.float() / temperature).log_softmax(1)
             self.nll[i] += F.nll_loss(logs, labels, reduction="sum")
-            self.blind[i] -= logs.mean(1).sum()
+            self.blind[i] -= logs.mean(1).nan_to_num(nan=torch.nan, neginf=0.0).sum()  # -inf: a class ruled out
         self.count += len(labels)
 
     def compute(self) -> Tensor:
-        """The temperature, in [0.25, 8]; of several that are as good, as where all is certain, that nearest to 1."""
+        """The temperature, in [0.25, 8]; of several that are as good, as of equal logits, that nearest to 1."""
         ladder = TEMPERATURES.to(self.nll.device, torch.float64).log2()
         nll = self.nll + self.blind / self.count.clamp_min(1)
         nll = nll.nan_to_num(nan=torch.inf, posinf=torch.inf)  # of weights that overflow

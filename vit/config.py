@@ -208,7 +208,7 @@ def mentions(args: Any, part: str) -> list[str]:
     words = [str(word) for word in args] if isinstance(args, list | tuple) else []
     names = [word[2:].partition("=")[0] for word in words if word.startswith(f"--{part}")]
     for path in configs(args):
-        found = yaml.safe_load(Path(path).read_text()) or {}
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         for settings in (found, *(inner for inner in found.values() if isinstance(inner, dict) and part in inner)):
             parts = settings.get(part)
             names += [f"{part}.{name}" for name in parts] if isinstance(parts, dict) else [part] if parts else []

@@ -10,6 +10,7 @@ al. 2024 (2404.03214); AttnLRP, Achtibat et al. 2024 (2402.05602).
 Shapes in comments: B images, N tokens, P patches, h heads, L layers, D embed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from vit.model import VisionTransformer
 MEMORY = 2**29  # bytes of attention weights and of what is kept for gradients; a batch that needs more goes in parts
 GPU_MEMORY = 8  # times as much on a GPU, idle with few images; fixed, as the parts show in the last digits of a map
 ROWS = 256  # of the attention matrix at a time on a CPU: with six heads and 1,370 tokens the fastest of 64 to 512
-GAMMA: dict[Callable, float] = {F.linear: 0.02, F.conv2d: 1.0}  # of lrp, by benchmarks/lrp_gamma.py
+GAMMA: dict[Callable, float] = {F.linear: 0.02, F.conv2d: 1.0}  # of lrp; by benchmarks/lrp_gamma.py level with the best
 Target = int | Sequence[int] | Tensor  # a class for all images, or one for each
 
 
@@ -245,7 +246,7 @@ def _pixel_lrp(model: VisionTransformer, images: Tensor, ask: Question) -> tuple
         raise ValueError("lrp is of a model that is not in training: call model.eval() before")
     with AttnLRP():
         features = model(images, pre_logits=True)
-    logits = model.head(features)  # by its gradient: so a contrast of classes is that of their relevance
+    logits = model.head(features)  # without the gamma rule: so a contrast of classes is that of their relevance
     (gradient,) = torch.autograd.grad(ask.score(logits), images)
     return logits, (images * gradient).detach().sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
 
@@ -495,11 +496,13 @@ def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int
     tokens = grid[0] * grid[1] + model.num_prefix_tokens
     # Numbers held of a token. Rows of matrices: scores and weights of the heads of a block; with gradients those of
     # every block, and some 16 vectors of each with the usual MLP: queries, keys, values before and after their norms,
-    # what is attended to, what the MLP holds. lrp runs through the fused kernel and keeps 24, what its rules need.
+    # what is attended to, what the MLP holds. lrp runs through the fused kernel and keeps 24, what its rules need, and
+    # of a convolutional stem three numbers for each channel of each pixel.
+    stem = 3 * (width // 4) * math.prod(model.patch_size) if model.architecture["stem"] == "conv" else 0
     held = {
         "relevance": depth * (4 * heads * tokens + 16 * width),
         "legrad": 4 * heads * tokens + (16 + depth) * width,
-        "lrp": 24 * depth * width,
+        "lrp": 24 * depth * width + stem,
         "fused": 3 * depth * width,
         "by rows": 8 * width,
     }
