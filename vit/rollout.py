@@ -317,19 +317,19 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Any, turned: Any, gamma: float, options: Any
     ) -> Tensor:
         y = linear(x, weight, bias, *options)
-        sizes = linear(x.abs(), weight.abs(), bias if bias is None else bias.abs(), *options)
-        share = (y / ((1 + gamma / 2) * y.abs() + gamma / 2 * sizes)).masked_fill_(y == 0, 0)  # nothing to share
-        ctx.save_for_backward(x, weight, share)
+        share = linear(x.abs(), weight.abs(), bias if bias is None else bias.abs(), *options)  # s, and then y / ...
+        share.mul_(gamma / 2).add_(y.abs(), alpha=1 + gamma / 2).clamp_min_(torch.finfo(y.dtype).tiny)
+        ctx.save_for_backward(weight, torch.div(y, share, out=share), x.sign().to(torch.int8))
         ctx.gamma, ctx.turned = gamma, lambda *given, shape=x.shape: turned(shape, *given, *options)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, share = ctx.saved_tensors
+        weight, share, signs = ctx.saved_tensors
         weight = weight.to(share.dtype)  # which autocast had made of it; a GPU's thread for gradients has none
-        of_y, of_sizes = (1 + ctx.gamma / 2) * share.abs(), ctx.gamma / 2 * share
-        through_sizes = ctx.turned(weight.abs(), gradients[0] * of_sizes)
-        return through_sizes.mul_(x.sign()).add_(ctx.turned(weight, gradients[0] * of_y)), *(None,) * 6
+        through_sizes = ctx.turned(weight.abs(), gradients[0] * share).mul_(signs)
+        through_y = ctx.turned(weight, share.abs().mul_(gradients[0])).mul_(1 + ctx.gamma / 2)
+        return through_y.add_(through_sizes, alpha=ctx.gamma / 2), *(None,) * 6
 
 
 def _lrp_linear(linear: Callable[..., Tensor], turned: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -496,13 +496,13 @@ def _part_size(model: VisionTransformer, grid: tuple[int, int], way: str) -> int
     tokens = grid[0] * grid[1] + model.num_prefix_tokens
     # Numbers held of a token. Rows of matrices: scores and weights of the heads of a block; with gradients those of
     # every block, and some 16 vectors of each with the usual MLP: queries, keys, values before and after their norms,
-    # what is attended to, what the MLP holds. lrp runs through the fused kernel and keeps 24, what its rules need, and
+    # what is attended to, what the MLP holds. lrp runs through the fused kernel and keeps 18, what its rules need, and
     # of a convolutional stem three numbers for each channel of each pixel.
     stem = 3 * (width // 4) * math.prod(model.patch_size) if model.architecture["stem"] == "conv" else 0
     held = {
         "relevance": depth * (4 * heads * tokens + 16 * width),
         "legrad": 4 * heads * tokens + (16 + depth) * width,
-        "lrp": 24 * depth * width + stem,
+        "lrp": 18 * depth * width + stem,
         "fused": 3 * depth * width,
         "by rows": 8 * width,
     }
