@@ -227,7 +227,8 @@ def refuse_derived(args: Any) -> None:
     """
     if not all(os.path.isfile(path) for path in configs(args)):
         return
+    named = {name for part in ("model", "data", "checkpoint") for name in mentions(args, part)}
     for name, source in DERIVED.items():
-        if name in mentions(args, name.partition(".")[0]):
+        if name in named:
             way = f"follows from {source}: give that" if source else "comes from the images: leave it out"
             raise ConfigError(f"{name} {way}")
