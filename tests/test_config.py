@@ -133,15 +133,21 @@ def test_as_an_option_too_and_a_file_that_is_not_there_is_the_parsers_affair(tmp
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        ("{class_path: EarlyStopping, init_args: {monitor: val/loss, patienc: 3}}", "there is no option patienc"),
+        ("{class_path: EarlyStopping, init_args: {monitor: val/loss, patienc: 3}}", ": there is no option patienc"),
         (
             "{EarlyStopping: {monitor: val/loss}}",
-            "there is no option EarlyStopping.monitor; give a class as 'class_path: NAME', and its options below "
+            ": there is no option EarlyStopping.monitor; give a class as 'class_path: NAME', and its options below "
             "'init_args:'",
         ),
+        (
+            "{class_path: vit.watch.Watch, init_args: {every_n_epochs: often}}",
+            ".every_n_epochs cannot be often; give a whole number",
+        ),
+        ("{class_path: vit.watch.Wotch}", " cannot be vit.watch.Wotch: module 'vit.watch' has no attribute 'Wotch'"),
+        ("{class_path: EarlyStoping}", " cannot be EarlyStoping; give EarlyStopping?"),
     ],
 )
-def test_an_option_that_a_callback_has_not_is_named(tmp_path, capsys, callback, message):
+def test_what_is_wrong_with_a_callback_of_a_file_is_named(tmp_path, capsys, callback, message):
     (tmp_path / "mine.yaml").write_text(f"trainer:\n  callbacks:\n    - {callback}\n")
     assert train.main(["fit", "--config", f"{tmp_path}/mine.yaml", "--data.dataset", "digits"]) == 2
-    assert capsys.readouterr().err == f"train.py: trainer.callbacks: {message}\n"
+    assert capsys.readouterr().err == f"train.py: trainer.callbacks{message}\n"

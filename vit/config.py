@@ -149,6 +149,11 @@ def refusal(name: str, types: str, value: str) -> str:
     if odd := re.search(r"Option '([\w.]+)' is not accepted", types):  # in a file
         way = "; give a class as 'class_path: NAME', and its options below 'init_args:'" if "." in odd[1] else ""
         return f"{name}: there is no option {odd[1]}{way}"
+    if said := re.search(r"- ([\w.]+ cannot be .*)", types):  # by the parser of a class's options, of a file's class
+        return f"{name}.{said[1]}"
+    why = re.search(r"Problem with given class_path '[\w.]+':\s*(module .*|No module .*)", types)
+    if named := re.search(r"(?:given class_path '|import path string: )([\w.]+)", types):  # one class of a file's list
+        value = named[1]
     lacks = re.search(r"required: ([\w, ]+)", types)
     if classes := re.findall(r"Namespace\(class_path='[\w.]*?(\w+)'((?:(?!Namespace\(class_path).)*)", value, re.S):
         missing = f"{lacks[1].split(', ')[0]}=None" if lacks else ""
@@ -162,7 +167,7 @@ def refusal(name: str, types: str, value: str) -> str:
             forms = f"it with --{name}.{VALUES.get(lacks[1], lacks[1])}"
         if "." in value and value.partition(".")[0] not in ("lightning", "vit"):
             forms = "one of lightning or vit; import_path_allowlist in train.py lets in others"
-    return f"{name} cannot be {value}" + (f"; give {forms}" if forms else "")
+    return f"{name} cannot be {value}" + (f": {why[1]}" if why else f"; give {forms}" if forms else "")
 
 
 def configs_first(words: Sequence[str]) -> list[str]:
