@@ -17,6 +17,7 @@ from vit.cli import UNUSABLE, TrainCLI
 from vit.config import Parser, check_config, configs
 from vit.guard import Diverged
 from vit.memory import keep_freed_memory
+from vit.records import printable
 
 DESCRIPTION = (
     "Train a vision transformer on images. The project's own settings are --model.* and --data.*; --trainer.* are "
@@ -72,13 +73,13 @@ def main(args: ArgsType = None) -> int:
             save_config_kwargs={"overwrite": True},
         )
     except UNUSABLE as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        say(error)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"train.py: {' '.join(str(error).split())}; try half the --data.batch_size", file=sys.stderr)
+        say(f"{error}; try half the --data.batch_size")
         return 2
     except Diverged as error:
-        print(f"train.py: diverged: {error}; try a lower model.lr, with Muon a lower model.muon_lr", file=sys.stderr)
+        say(f"diverged: {error}; try a lower model.lr, with Muon a lower model.muon_lr")
         return 5
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning makes the one the other
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
@@ -87,6 +88,11 @@ def main(args: ArgsType = None) -> int:
             return 128 + signal.SIGTERM
         raise
     return 0
+
+
+def say(why: object) -> None:
+    """Why a run ends, in one line; names of files and classes in it move no terminal."""
+    print(f"train.py: {printable(' '.join(str(why).split()))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

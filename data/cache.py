@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
 from vit.quiet import quiet_libraries
+from vit.records import printable
 
 VERSION = 4  # part of every cache file's name: raise it when decoding or the layout changes
 SAMPLED = 16  # files of a split whose beginnings are part of a cache file's name
@@ -47,8 +48,7 @@ class DataError(ValueError):
     def __init__(self, message: str):
         if "Original Traceback" in message:  # torch re-raises a worker's error with its traceback as the message
             message = re.split(r"\n[\w.]+: ", message.strip())[-1]  # behind the name of the error's class
-        message = message.encode(errors="backslashreplace").decode()  # a path may hold any byte ...
-        super().__init__(message.replace("\n", "\\n").replace("\r", "\\r"))  # ... and line ends
+        super().__init__(printable(message))  # a path may hold any byte
 
 
 def file_name(text: str) -> str:
@@ -294,7 +294,7 @@ def readable(
 def say_once(text: str) -> None:
     """A line for the user, from the first process, however often the data set is opened."""
     if rank_zero_only.rank == 0:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def alone(path: Path) -> AbstractContextManager:

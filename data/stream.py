@@ -36,6 +36,7 @@ from torch.utils.data import Dataset, Sampler
 from data.cache import ADVICE, SAMPLE, DataError, OnBad, channel_statistics, file_name, one_line, write_atomically
 from data.labels import SPLITS, split_of
 from vit.preprocess import SUFFIXES, ImageError, Preprocess
+from vit.records import printable
 
 GZIP = b"\x1f\x8b"  # what a compressed file begins with
 MOST_CLASSES = 100_000  # that numbers alone may make; more only where there are as many samples
@@ -148,7 +149,7 @@ class Stream:
                 reason = f"{sample.name}: {error}"
                 if self.on_bad == "fail":
                     raise DataError(f"{reason}{ADVICE}") from None
-                print(f"{reason}; skipped", file=sys.stderr)
+                print(f"{printable(reason)}; skipped", file=sys.stderr)
         if reason and not kept:
             raise DataError(f"{reason}; nor can the others of its batch be read")
         return kept, torch.cat(pixels)

@@ -440,8 +440,8 @@ def test_error_in_a_loader_worker_stays_one_line(files):
 
 
 def test_error_message_is_one_printable_line():
-    message = str(DataError("a\nb\r" + os.fsdecode(b"\xff") + "é"))
-    assert message == "a\\nb\\r\\udcffé"
+    message = str(DataError("a\nb\r" + os.fsdecode(b"\xff") + "é\x1b[31m\x9b\u202e"))
+    assert message == "a\\nb\\r\\udcffé\\x1b[31m\\x9b\\u202e"
     assert str(pickle.loads(pickle.dumps(DataError(message)))) == message
 
 

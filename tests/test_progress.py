@@ -163,6 +163,9 @@ def test_classes_of_a_test():
     assert ["cat", "8", "75.0%", "66.7%", "owl (25.0%)"] in rows
     assert ["[red]", "4", "25.0%", "100.0%", "cat (75.0%)"] in rows
     assert ["owl", "0", "", "0.0%", ""] in rows
+    console.print(class_table(confusion, ("\x1b[31m", "b", "owl")))  # the name of a folder moves no terminal
+    assert "\x1b" not in file.getvalue()
+    assert file.getvalue().count("\\x1b[31m") == 2
     console.print(class_table(confusion, ("cat", "[red]", "owl"), most=1))
     assert "the 1 of 3 classes that are recognised worst" in file.getvalue()
 

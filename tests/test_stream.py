@@ -485,11 +485,12 @@ def test_unreadable_images_are_named_or_skipped(tmp_path, shards, capsys):
     source = {"dataset": f"wds/{shards}", "root": str(tmp_path / "root"), "image_size": 8, "num_workers": 0}
     with pytest.raises(DataError, match=r"train-001.tar/7: not an image of a known format .*; repair or remove it"):
         load_source(**source)
+    write_tar(shards / "train-001.tar", {"\x1b[31m7.png": b"no image", "\x1b[31m7.cls": b"1"})
     module = ImageDataModule(**source, batch_size=4, on_bad="skip", val_fraction=0)
     module.setup()
     seen = [index for batch in module.train_dataloader() for index in batch.indices.tolist()]
     assert sorted(seen) == [index for index in range(34) if index != 7]
-    assert "train-001.tar/7: not an image of a known format" in capsys.readouterr().err
+    assert "train-001.tar/\\x1b[31m7: not an image of a known format" in capsys.readouterr().err
 
 
 def test_damaged_tar_is_named(tmp_path, shards):

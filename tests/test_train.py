@@ -1087,6 +1087,24 @@ def test_mistake_is_one_line(tmp_path, capfd, case):
     assert message in f"{said[0]}\n"
 
 
+def test_names_move_no_terminal(tmp_path, capfd):
+    """Of folders, images and settings, which others may have chosen; bytes in no valid encoding too."""
+    name = os.fsdecode(b"\x1b]0;title\x07\xc2\x9b31m\xff")
+    for folder in ("0", "1"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / folder / "a.png")
+    (tmp_path / "images" / "0" / f"{name}.txt").touch()
+    (tmp_path / "images" / "1" / f"{name}.png").write_bytes(b"no image")
+    (tmp_path / "a.yaml").write_text(f"model: {{{json.dumps(name[:10])}: 1}}")
+    images = ["--data.dataset", str(tmp_path / "images"), "--data.root", str(tmp_path / "root")]
+    for arguments in (images, [f"--data.dataset={name}"], [f"--config={tmp_path}/a.yaml"]):
+        assert run("fit", tmp_path / "run", *arguments) == 2
+        assert "\\x1b]0;title" in (said := capfd.readouterr().err)
+        assert said.replace("\n", "").isprintable()
+    (listed,) = (tmp_path / "root/cache").glob("*-unreadable.txt")
+    assert listed.read_text().replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize(
     ("setting", "default"),
     [

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from torch import Tensor
 
-from vit.records import shown
+from vit.records import printable
 from vit.saving import keeper_of
 
 WIDE = 100  # columns of a terminal in which the bar, the time gone and all words have room
@@ -227,9 +227,9 @@ def class_table(confusion: Tensor, names: Sequence[str], most: int = 30) -> Tabl
     wrong = confusion.clone().fill_diagonal_(0)
     for row in map(int, rows):
         other = int(wrong[row].argmax())
-        mistaken = f"{shown(names[other])} ({wrong[row, other] / images[row]:.1%})" if wrong[row, other] else ""
+        mistaken = f"{printable(names[other])} ({wrong[row, other] / images[row]:.1%})" if wrong[row, other] else ""
         shares = (f"{right[row] / whole:.1%}" if whole else "" for whole in (images[row], given[row]))
-        table.add_row(escape(shown(names[row])), str(int(images[row])), *shares, escape(mistaken))
+        table.add_row(escape(printable(names[row])), str(int(images[row])), *shares, escape(mistaken))
     return table
 
 
