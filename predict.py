@@ -35,9 +35,18 @@ examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's; what a shell made of ``*`` may be anyone's names, which move no terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        from vit.records import printable
+
+        super().error(printable(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         "predict.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip

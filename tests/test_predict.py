@@ -225,6 +225,7 @@ def test_exit_codes(run, images, tmp_path):
         (["a", "--maps", "m", "--target", "clas 1"], "no class 'clas 1'; the classes are class 0, class 1, class 2, "),
         (["a", "--maps", "m", "--target", "class 1", "--against", "class 1"], "target and against are both 'class 1'"),
         (["a", "--format", "xml"], "invalid choice: 'xml'"),
+        (["--\x1b[31m.png"], r"unrecognized arguments: --\x1b[31m.png"),  # a file, where a shell has put it for *
         (["a", "--checkpoint", "/nowhere/model.safetensors"], "/nowhere/model.safetensors: no such checkpoint file"),
         (["a", "--device", "gpu"], "no device 'gpu'"),
         (["a", "--device", "meta"], "device 'meta' cannot be used"),

@@ -34,6 +34,15 @@ def test_json_lines_are_json_and_give_back_every_byte_of_a_path():
     assert "ü.png" in lines[1]  # as people read it
 
 
+@pytest.mark.parametrize("format", [JsonLines, Json])
+def test_json_lets_no_name_move_the_terminal(format):
+    """Nor end a line: U+2028 does for many readers."""
+    record = {"path": "ü\x1b[31m\x7f\x9b\u2028\u202e\U000e0001" + os.fsdecode(b"\xff"), "error": "no such file"}
+    text = written(format(), [record]).decode()
+    assert text.replace("\n", "").isprintable()
+    assert json.loads(text) in (record, [record])
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_json_is_one_array(count):
     assert json.loads(text := written(Json(), RECORDS[:count])) == RECORDS[:count]

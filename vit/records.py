@@ -38,6 +38,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def as_json(record: Record) -> bytes:
+    """JSON in UTF-8 with escapes for what does not print: no name moves a terminal, and every byte of it comes back."""
+    text = json.dumps(record, ensure_ascii=False)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return text.encode()
+
+
 def write_out(text: str) -> None:
     """Text to standard output, with escapes for letters that its encoding has not.
 
@@ -94,7 +102,7 @@ class JsonLines(Format):
     """One object a line, UTF-8; undecodable bytes of a path are ``\\udcXX`` escapes, as ``os.fsencode`` takes them."""
 
     def record(self, record: Record) -> bytes:
-        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        return as_json(record) + b"\n"
 
     def read(self, file: BinaryIO) -> Iterator[Kept]:
         """Whole records and their bytes; a torn one at the end is left out."""
@@ -115,7 +123,7 @@ class Json(Format):
 
     def record(self, record: Record) -> bytes:
         separator, self.separator = self.separator, b",\n"
-        return separator + json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        return separator + as_json(record)
 
     def end(self) -> bytes:
         return (b"\n" if self.separator else b"") + b"]\n"
