@@ -46,6 +46,16 @@ def test_links_are_followed_but_not_in_circles_and_folders_named_like_images_are
     assert list(Inputs([str(tmp_path / "tree/x.jpg")])) == [f"{tmp_path}/tree/x.jpg/inside.png"]
 
 
+def test_links_do_not_multiply_folders(tmp_path):
+    """Two links in each of forty folders to the next one: a million million paths to the last."""
+    for number in range(40):
+        touch(tmp_path / f"{number:02}/{number}.png")
+        for link in ("a", "b") if number else ():
+            (tmp_path / f"{number - 1:02}" / link).symlink_to(f"../{number:02}")
+    found = list(Inputs([str(tmp_path)], recursive=True))
+    assert sorted(os.path.basename(str(path)) for path in found) == sorted(f"{number}.png" for number in range(40))
+
+
 def test_what_leads_to_no_image_takes_a_place(tmp_path):
     (tmp_path / "empty").mkdir()
     nothing, pattern, missing = f"{tmp_path}/empty", f"{tmp_path}/*.gif", f"{tmp_path}/missing.png"

@@ -71,7 +71,7 @@ class Inputs:
             yield from self._outside(read_paths(self.stdin))
         elif os.path.isdir(source):
             hint = "" if self.recursive else "; --recursive looks into its subfolders"
-            yield from _or(self._walk(source, ()), Unreadable(source, f"no images in this folder{hint}"))
+            yield from _or(self._walk(source, set()), Unreadable(source, f"no images in this folder{hint}"))
         elif glob.has_magic(source) and not os.path.lexists(source):
             beside = " outside the folder of --maps" if self.maps else ""
             yield from _or(self._outside(expand(source)), Unreadable(source, f"no file matches{beside}"))
@@ -85,8 +85,8 @@ class Inputs:
             else:
                 yield path
 
-    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str | Unreadable]:
-        """Images of a folder by name, and of its subfolders; links are followed unless they lead back up."""
+    def _walk(self, folder: str, seen: set[tuple[int, int]]) -> Iterator[str | Unreadable]:
+        """Images of a folder by name, and of its subfolders: each once, or a few links would make billions of paths."""
         try:
             status = os.stat(folder)
             with os.scandir(folder) as entries:
@@ -95,8 +95,9 @@ class Inputs:
             yield Unreadable(folder, error.strerror or str(error))
             return
         identity = (status.st_dev, status.st_ino)
-        if identity in above or (self.maps and within(folder, self.maps)):
+        if identity in seen or (self.maps and within(folder, self.maps)):
             return
+        seen.add(identity)
         for name, is_folder in names:
             path = os.path.join(folder, name)
             if name.startswith("."):  # a thumbnail, what macOS writes beside each file, a cache
@@ -104,7 +105,7 @@ class Inputs:
                     self.passed_over["hidden"] += 1
             elif is_folder:
                 if self.recursive:
-                    yield from self._walk(path, (*above, identity))
+                    yield from self._walk(path, seen)
             elif (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
                 yield path
             elif suffix != PARTIAL:  # as a rule this run's own records
