@@ -413,6 +413,10 @@ BAD_FOLDERS = {
     "the first": (lambda x: spoil(make(x, a=2, b=2) / "a" / "0.png"), "x/a/0.png: not an image"),
     "all": (lambda x: [spoil(path) for path in make(x, a=2, b=2).glob("*/*")], "x/a/0.png: not an image"),
     "dangling link": (lambda x: (make(x, a=2, b=2) / "a" / "2.png").symlink_to("nowhere"), "x/a/2.png: no such file"),
+    "link to a pipe": (
+        lambda x: [(make(x, a=2, b=2) / "a" / "2.png").symlink_to(x / "pipe"), os.mkfifo(x / "pipe")],
+        "x/a/2.png: not a regular file",
+    ),
 }
 
 
