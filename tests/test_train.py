@@ -1105,6 +1105,14 @@ def test_names_move_no_terminal(tmp_path, capfd):
     assert listed.read_text().replace("\n", "").isprintable()
 
 
+def test_tasks_that_slurm_has_not_shared_out_are_one_line(tmp_path, monkeypatch, capsys):
+    """A job of four tasks whose script calls python without srun."""
+    for name, value in {"JOB_ID": "77", "JOB_NAME": "vit", "NTASKS": "4"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert run("fit", tmp_path) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: trainer: You set `--ntasks=4` in your SLURM")
+
+
 @pytest.mark.parametrize(
     ("setting", "default"),
     [

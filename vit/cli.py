@@ -425,7 +425,7 @@ class TrainCLI(LightningCLI):
             kwargs["callbacks"] = [*callbacks, TrainingProgress()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except TypeError as error:  # such as for devices that an accelerator has not
+        except (TypeError, RuntimeError) as error:  # devices that an accelerator has not; tasks that SLURM shares out
             raise ValueError(f"trainer: {error}") from error
 
 
