@@ -1105,6 +1105,18 @@ def test_names_move_no_terminal(tmp_path, capfd):
     assert listed.read_text().replace("\n", "").isprintable()
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_weights_whose_averaging_has_not_begun_are_measured_and_kept_as_they_are(tmp_path, validated):
+    short = ("--trainer.max_epochs=1", *(() if validated else ("--data.val_fraction=0",)))
+    late = ("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.update_starting_at_step=999")
+    assert run("fit", tmp_path / "plain", *short) == 0
+    assert run("fit", tmp_path / "late", *short, *late) == 0
+    plain, as_plain = load_checkpoint(tmp_path / "plain/model.safetensors")
+    model, about = load_checkpoint(tmp_path / "late/model.safetensors")
+    assert about.metrics == as_plain.metrics
+    assert all(torch.equal(weights, model.state_dict()[name]) for name, weights in plain.state_dict().items())
+
+
 def test_tasks_that_slurm_has_not_shared_out_are_one_line(tmp_path, monkeypatch, capsys):
     """A job of four tasks whose script calls python without srun."""
     for name, value in {"JOB_ID": "77", "JOB_NAME": "vit", "NTASKS": "4"}.items():

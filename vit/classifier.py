@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim.swa_utils import AveragedModel
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -250,6 +251,10 @@ class ViTClassifier(LightningModule):
         height, width = self.preprocess.image_size
         return round(height * factor), round(width * factor)
 
+    def on_validation_start(self) -> None:
+        for average in not_begun(self.trainer):  # or the weights that the run began with would be measured
+            average.module.load_state_dict(self.state_dict())
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self._evaluate("val", batch, self.val_loss, self.val_metrics)
         self.fit_temperature.update(logits, batch.labels)
@@ -384,6 +389,8 @@ class ViTClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["vit"] = describe(self.about())
         checkpoint["steps_an_epoch"] = self.steps_an_epoch
+        if not_begun(self.trainer):
+            checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
         checkpoint["state_dict"]["temperature"] = self.temperature  # as fitted, also where weights are averages
         numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
         for state, optimizer in zip(checkpoint.get("optimizer_states", ()), self.trainer.optimizers, strict=False):
@@ -433,6 +440,12 @@ class ViTClassifier(LightningModule):
         path = root / "model.safetensors"
         save_checkpoint(path, model.state_dict(), about)
         self.exported = path, about
+
+
+def not_begun(trainer: Any) -> list[AveragedModel]:
+    """Averages of the weights that hold none yet: what they begin with is kept until then."""
+    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [average for average in averages if isinstance(average, AveragedModel) and not average.n_averaged]
 
 
 class BalancedAccuracy(Metric):
