@@ -106,13 +106,14 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
     """Refuse what we do not support before anything is downloaded, then build it with its weights."""
     try:
         with torch.device("meta"):
-            architecture_of(create(pretrained=False))
+            architecture_of(usual := create(pretrained=False))
         overlay: dict[str, Any] = {"file": file, "custom_load": file.endswith(".npz")} if file else {}
         asked: dict[str, Any] = {"pretrained_cfg_overlay": overlay} if file else {}
-        if file and not overlay["custom_load"]:  # perhaps fine-tuned, for other classes than the name says
+        if file and not overlay["custom_load"]:  # perhaps fine-tuned, for other classes or sizes than the name says
             weights = timm.models.load_state_dict(file)
             if "blocks.0.norm1.weight" in weights:  # timm's own names, so that the head's would be timm's too
                 asked["num_classes"] = overlay["num_classes"] = len(weights.get("head.weight", ()))
+                asked |= sizes_in(weights, usual)
         theirs: Any = create(pretrained=False, **asked)
         for weights in theirs.parameters():
             weights.data.fill_(math.nan)  # what a file of arrays lacks would stay random, without a word
@@ -131,6 +132,25 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
             hint = "timm has most of transformers' models under names of its own"
             raise CheckpointError(f"{source}: its config.json is not timm's, perhaps transformers'; {hint}") from error
         raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def sizes_in(weights: dict[str, Tensor], usual: Any) -> dict[str, Any]:
+    """Patch and image size that weights were trained for, where they are others: timm would resample both, unsaid.
+
+    Args:
+        weights: By timm's names.
+        usual: The model that timm makes of their name. Another image size than its own is taken to be square.
+    """
+    embed, positions = usual.patch_embed, weights.get("pos_embed")
+    kernel = weights.get("patch_embed.proj.weight", embed.proj.weight)
+    patch = tuple(kernel.shape[2:]) if kernel.ndim == 4 else embed.patch_size
+    found: dict[str, Any] = {} if patch == embed.patch_size else {"patch_size": patch}
+    if positions is not None and usual.pos_embed is not None:
+        patches = positions.shape[1] - (usual.pos_embed.shape[1] - embed.num_patches)
+        side = math.isqrt(max(0, patches))
+        if side and side**2 == patches and (found or patches != embed.num_patches):
+            found["img_size"] = tuple(side * pixels for pixels in patch)
+    return found
 
 
 def _filtered(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
