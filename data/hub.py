@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,9 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
     try:
         cache = str(root / "huggingface")
         found: Any = datasets.load_dataset(dataset, cache_dir=cache, streaming=streaming)
-        files: Any = datasets.load_dataset_builder(dataset, cache_dir=cache).config.data_files if streaming else None
+        files: Any = None
+        if streaming or os.path.isdir(dataset):
+            files = datasets.load_dataset_builder(dataset, cache_dir=cache).config.data_files
     except Exception as error:  # no network, no such name, damaged files: each has its own
         if Path(dataset, "state.json").is_file():  # "please use load_from_disk", says the library
             how = "datasets.load_from_disk(FOLDER).to_parquet('OTHER/train.parquet')"
@@ -157,7 +160,29 @@ def load_hub(dataset: str, root: Path, *, streaming: bool) -> tuple[tuple[str, .
         rows = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         fingerprint = f"{image} {state}" if streaming else rows._fingerprint
         splits.setdefault(split_of(str(name)), (rows, image, label, fingerprint))
+        for file in (files or {}).get(name, ()):
+            refuse_other_classes(file, label, class_names)
     return class_names, splits
+
+
+def refuse_other_classes(file: str, label: str, class_names: tuple[str, ...]) -> None:
+    """Refuse a parquet file whose class numbers mean other classes; ``datasets`` reads all by the names in the first.
+
+    Args:
+        file: Of the set; what is not on this machine was written as a whole.
+        label: Column of the class numbers.
+        class_names: Of the set.
+    """
+    import datasets
+    from pyarrow import parquet
+
+    if not (file.endswith(".parquet") and os.path.isfile(file)):
+        return
+    kind = datasets.Features.from_arrow_schema(parquet.read_schema(file)).get(label)
+    for number, (ours, theirs) in enumerate(zip_longest(class_names, getattr(kind, "names", class_names))):
+        if ours != theirs:
+            same = "give all parquet files the same datasets.ClassLabel(names=...)"
+            raise DataError(f"{file}: class {number} is {theirs}, in the files before it {ours}: {same}")
 
 
 def hub_shards(name: str, rows: Any, image: str, label: str, fingerprint: str, cache: Path) -> HubShards:

@@ -778,3 +778,15 @@ def test_training_from_shards(tmp_path):
     assert (model.image_size, about.class_names) == ((8, 12), ("cat", "dog", "red fox"))
     assert about.training["steps"] == 5  # 29 samples in batches of 6: a shard of five is held out
     assert train.main(["test", *common, "--ckpt_path", "best"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|dill|multiprocess)")
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+def test_parquet_files_whose_numbers_mean_other_classes_are_refused(hub, options, kind):
+    """As where each split was given numbers by itself, and one lacks a class."""
+    datasets = pytest.importorskip("datasets")
+    (file,) = hub.glob("test-*.parquet")
+    rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(options["root"] / "other"))
+    rows.cast_column("kind", datasets.ClassLabel(names=["cat", "owl", "dog"])).to_parquet(str(file))
+    with pytest.raises(DataError, match=r"test-.*\.parquet: class 1 is owl, in the files before it dog: give all"):
+        load_source(f"{kind}/{hub}", **options)
