@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -313,7 +312,7 @@ def open_tar(path: str) -> Iterator[tarfile.TarFile]:
                 shutil.copyfileobj(files.enter_context(gzip.open(path)), plain)
             plain.seek(0)
             tar = files.enter_context(tarfile.open(fileobj=plain))
-        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        except Exception as error:  # a damaged one raises whatever its readers stumble on
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 where = f"{path}: no room in {gettempdir()} to unpack it"
                 raise DataError(f"{where} ({one_line(error)}); free some, or set TMPDIR to another folder") from None
@@ -348,8 +347,10 @@ def tar_samples(path: str, tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # for tarfile any end is a good one
             raise DataError(f"{path}: damaged tar file (it has no end: cut off, or not closed)")
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: damaged tar file ({one_line(error)})") from None
+    except DataError:
+        raise
+    except Exception as error:  # of a header that claims more than there can be, or leads to others without end
+        raise DataError(f"{path}: damaged tar file ({one_line(error) or type(error).__name__})") from None
 
 
 def content(tar: tarfile.TarFile, file: tarfile.TarInfo) -> bytes:
@@ -394,7 +395,8 @@ def load_tars(folder: Path, cache: Path) -> tuple[tuple[str, ...], dict[str, Tar
             raise DataError(f"{listed} has {len(class_names)} names, but there is a class number {classes - 1}")
     for split, paths in splits.items():
         if not sum(lengths[path] for path in paths):
-            raise DataError(f"{folder}: no image in the tar files for {split} ({os.path.basename(paths[0])}, ...)")
+            names = map(os.path.basename, paths[:1])
+            raise DataError(f"{folder}: no image in the tar files for {split} ({', '.join([*names, '...'])})")
     shards = {s: TarShards(files=tuple(p), lengths=tuple(lengths[file] for file in p)) for s, p in splits.items()}
     return class_names, shards
 
@@ -427,7 +429,7 @@ def read_info(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]] | Non
         splits = {split_of(s): [str(folder / file) for file in info["filenames"]] for s, info in named.items()}
         counts = [zip(info["filenames"], info["shard_lengths"], strict=True) for info in named.values()]
         return splits, {str(folder / file): int(count) for pairs in counts for file, count in pairs}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever is missing, or of another kind
         raise DataError(
             f"{path}: not as timm writes it ({error!r}); without the file the samples are counted"
         ) from None

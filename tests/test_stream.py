@@ -287,9 +287,15 @@ def test_timms_info_gives_the_splits_and_saves_the_count(tmp_path, shards, monke
     (shards / "_info.json").write_text(json.dumps({"splits": splits}))
     with pytest.raises(DataError, match=r"train-002\.tar ends after 12 samples, not 13"):
         flat(seen(shards, world_size=1, workers=0, seed=None))
-    (shards / "_info.json").write_text("{}")
-    with pytest.raises(DataError, match=r"_info.json: not as timm writes it"):
+    splits["train"] |= {"filenames": [], "shard_lengths": []}
+    (shards / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DataError, match=r"no image in the tar files for train"):
         load_tars(shards, tmp_path)
+    splits["train"] |= {"filenames": ["train-000.tar"], "shard_lengths": [float("inf")]}
+    for text in ("{}", "[" * 100_000, json.dumps({"splits": splits})):
+        (shards / "_info.json").write_text(text)
+        with pytest.raises(DataError, match=r"_info.json: not as timm writes it"):
+            load_tars(shards, tmp_path)
 
 
 def test_samples_are_counted_once(tmp_path, shards, monkeypatch):
@@ -500,6 +506,33 @@ def test_damaged_tar_is_named(tmp_path, shards):
         load_tars(shards, tmp_path)
     (shards / "train-002.tar").write_bytes(b"x" * 5000)
     with pytest.raises(DataError, match=r"train-002.tar: cannot be read as a tar file"):
+        load_tars(shards, tmp_path)
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Of a file in a tar, true or not."""
+    file = tarfile.TarInfo(name)
+    file.size, file.type = size, kind
+    return file.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        (header("././@LongLink", 2, tarfile.GNUTYPE_LONGNAME) + b"a\0".ljust(512, b"\0")) * 3000,
+        header("a.png", 2**63),
+        header("a.png", 2**80),
+        header("a", 2**63, tarfile.XHDTYPE),
+        header("a", 2**40, tarfile.XHDTYPE),
+        header("a", 2**40, tarfile.GNUTYPE_LONGNAME),
+    ],
+    ids=["names of names", "2**63", "2**80", "attributes of 2**63", "attributes of 2**40", "name of 2**40"],
+)
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_a_tar_whose_headers_lie_is_named(place, start, tmp_path, shards):
+    whole = (shards / "train-002.tar").read_bytes()
+    (shards / "train-002.tar").write_bytes((b"" if place == "first" else whole[:1024]) + start + whole)
+    with pytest.raises(DataError, match=r"train-002.tar: (damaged tar file|cannot be read as a tar file) \("):
         load_tars(shards, tmp_path)
 
 
