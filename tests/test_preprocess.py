@@ -393,7 +393,8 @@ def test_an_image_given_is_left_as_it_was():
         ({"image_size": (32,)}, "image_size must be a height and a width of at least 1, got (32,)"),
         ({"mean": (0.5,)}, "1 means for 3 standard deviations"),
         ({"std": (0.5, 0.0, 0.5)}, "std above 0, got (0.5, 0.5, 0.5) and (0.5, 0.0, 0.5)"),
-        ({"crop": 1.2}, "crop must be in (0, 1], got 1.2"),
+        ({"crop": 1.2}, "crop must be in [0.01, 1], got 1.2"),
+        ({"crop": 5e-324}, "crop must be in [0.01, 1], got 5e-324"),
         ({"interpolation": "cubic"}, "interpolation must be one of nearest, box"),
     ],
 )

@@ -32,6 +32,7 @@ SUFFIXES = frozenset(  # all that Pillow knows of these formats; by them folders
 MODES = {1: "L", 3: "RGB"}
 DRAFT_GAP = 2  # source pixels left for each target pixel when a JPEG is decoded at a reduced size
 PHOTOMETRIC = 262  # TIFF's tag that says what its values mean
+SMALLEST_CROP = 0.01  # a file could ask for what is no pixel, nor a number of them
 LARGE = 4_000_000  # pixels; images above it are decoded one at a time, so that memory stays flat
 
 # Pillow warns of odd metadata, which is not the user's concern. Said once for the process: a filter around each file
@@ -253,7 +254,7 @@ class Preprocess:
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel, of values in [0, 1].
         interpolation: Resampling filter by Pillow's name: bicubic, bilinear, lanczos, nearest, box, hamming.
-        crop: Share of the image's shorter side that is kept, in (0, 1].
+        crop: Share of the image's shorter side that is kept, in [SMALLEST_CROP, 1].
         white: Value that is white in grey images of more than 8 bits, as 4095 of a 12-bit camera; none for 65535.
 
     Raises:
@@ -274,8 +275,8 @@ class Preprocess:
             raise ValueError(f"{len(self.mean)} means for {len(self.std)} standard deviations")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise ValueError(f"mean and std must be finite and std above 0, got {self.mean} and {self.std}")
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"crop must be in (0, 1], got {self.crop}")
+        if not SMALLEST_CROP <= self.crop <= 1:
+            raise ValueError(f"crop must be in [{SMALLEST_CROP}, 1], got {self.crop}")
         if self.white is not None and not 0 < self.white < math.inf:
             raise ValueError(f"white must be a value above 0, got {self.white}")
         if self.interpolation.upper() not in Image.Resampling.__members__:
