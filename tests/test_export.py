@@ -45,7 +45,7 @@ def made(**arguments) -> tuple[VisionTransformer, Checkpoint]:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     mean, std = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)) if model.in_chans == 3 else ((0.5,), (0.3,))
-    preprocess = Preprocess(image_size=(8, 12), mean=mean, std=std, crop=0.875, interpolation="bilinear")
+    preprocess = Preprocess(image_size=(8, 12), mean=mean, std=std, crop=8 / 9, interpolation="bilinear")
     about = Checkpoint(
         architecture=model.architecture,
         class_names=CLASSES,
@@ -88,7 +88,7 @@ def test_timm_gets_what_it_needs_to_classify(tmp_path):
     config = resolve_model_data_config(theirs)
     assert config["input_size"] == (3, 8, 12)
     assert (tuple(config["mean"]), tuple(config["std"])) == (about.preprocess.mean, about.preprocess.std)
-    assert (config["crop_pct"], config["interpolation"]) == (0.875, "bilinear")
+    assert (config["crop_pct"], config["interpolation"]) == (8 / 9, "bilinear")
     assert theirs.pretrained_cfg["label_names"] == list(CLASSES)
 
 
@@ -145,7 +145,7 @@ def test_onnx_file_says_what_it_is(exported):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     described = json.loads(session.get_modelmeta().custom_metadata_map["vit"])
     assert described["class_names"] == list(CLASSES)
-    assert described["preprocess"]["crop"] == 0.875
+    assert described["preprocess"]["crop"] == 8 / 9
     assert [path] == list(path.parent.iterdir())  # weights inside, nothing left over
 
 

@@ -315,13 +315,14 @@ def _foreign_parts(model: Any, block: Any) -> Any:
 def preprocess_of(theirs: nn.Module, image_size: tuple[int, int]) -> Preprocess:
     """The eval-time transform of a timm model, as near as ours comes: always the centre, never squashed."""
     config = resolve_data_config({}, model=theirs)
+    side = min(image_size)  # which timm cuts out of an image of whole pixels: 224 of 248 for 0.9
     filters = {name.lower() for name in Image.Resampling.__members__}
     return Preprocess(
         image_size=image_size,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] in filters else "bicubic",
-        crop=min(1.0, config["crop_pct"]),
+        crop=min(1.0, side / math.floor(side / config["crop_pct"])),
     )
 
 
