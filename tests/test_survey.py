@@ -14,7 +14,7 @@ from vit import survey as module
 from vit.model import VisionTransformer
 from vit.optim import build_optimizer
 from vit.rollout import CLASS_METHOD, attention_map
-from vit.survey import Survey, coarse, find_hints, hint, regions
+from vit.survey import Survey, coarse, find_hints, hint, regions, share_of
 
 NAMES = ("cat", "dog", "ship")
 
@@ -43,9 +43,10 @@ def test_figures_by_hand():
     assert (view["name"], view["images"], view["hint"]) == ("cat", 4, None)
     assert (view["known"], view["right"]) == (3, pytest.approx(2 / 3))  # of the three in a class's folder
     np.testing.assert_allclose(view["mean"], maps.mean(0))
-    error = 1.96 * np.std([0, 0, 0, 1], ddof=1) / 2
-    assert view["shares"]["border"] == pytest.approx({"mean": 0.25, "error": error, "even": 28 / 64})
-    assert view["shares"]["centre"] == pytest.approx({"mean": 0.75, "error": error, "even": 16 / 64})
+    assert view["shares"]["border"] == {"mean": 0.25, "error": None, "even": 28 / 64}  # of four images: no interval
+    assert view["shares"]["centre"] == {"mean": 0.75, "error": None, "even": 16 / 64}
+    error = 1.96 * np.std([0, 0, 0, 1] * 3, ddof=1) / 12**0.5
+    assert share_of(maps.repeat(3, 1, 1), regions(8, 8)["border"])["error"] == pytest.approx(error)
     assert view["examples"]["least typical"] == ["4.jpg", "dog/3.jpg"]
     assert view["examples"]["most typical"] == ["x/cat/1.jpg", "x/cat/2.jpg"]
     assert view["examples"]["most confident errors"] == ["dog/3.jpg"]
@@ -164,6 +165,22 @@ def test_border_and_centre_of_grids_of_any_shape():
         assert torch.equal(found["centre"], centre)
         assert torch.equal(found["border"], ~inner)
     assert regions(3, 9) == regions(9, 3) == {}
+
+
+def test_intervals_hold_the_mean_of_all_images_as_often_as_they_say_or_there_are_none():
+    """Drawn again and again from images of which most leave the border alone and few do not."""
+    border, held = regions(8, 8)["border"], {}
+    for n in (1, 2, 9, 10, 100):
+        held[n] = []
+        for _ in range(300):
+            maps = torch.zeros(n, 8, 8)
+            maps[:, 4, 4] = 1 - torch.rand(n) ** 3
+            maps[:, 0, 0] = 1 - maps[:, 4, 4]
+            share = share_of(maps, border)
+            held[n].append(share["error"] is not None and abs(share["mean"] - 1 / 4) <= share["error"])
+    assert sum(map(sum, (held[1], held[2], held[9]))) == 0
+    assert sum(held[10]) / 300 > 0.85
+    assert sum(held[100]) / 300 == pytest.approx(0.95, abs=0.04)
 
 
 # ---- hints ----

@@ -184,15 +184,19 @@ def regions(rows: int, columns: int) -> dict[str, Tensor]:
     return {"border": border, "centre": centre}
 
 
-def share_of(maps: Tensor, region: Tensor) -> dict[str, float]:
-    """Mean share of maps (n, rows, columns) on a region, half of its 95 % interval, and an even map's share."""
+def share_of(maps: Tensor, region: Tensor) -> dict[str, float | None]:
+    """Mean share of maps (n, rows, columns) on a region, half of its 95 % interval, and an even map's share.
+
+    Of fewer than FEWEST maps there is no interval: their spread does not tell what another image would have.
+    """
     shares = maps[:, region].sum(1)
-    return {"mean": float(shares.mean()), "error": 1.96 * standard_error(shares), "even": float(region.float().mean())}
+    error = 1.96 * standard_error(shares) if len(shares) >= FEWEST else None
+    return {"mean": float(shares.mean()), "error": error, "even": float(region.float().mean())}
 
 
 def standard_error(values: Tensor) -> float:
     """Of the mean of values (n,)."""
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return float(values.std() / len(values) ** 0.5)
 
 
 def find_hints(maps: Mapping[int, Tensor]) -> dict[int, str | None]:
