@@ -22,7 +22,8 @@ const visit = async () => {
   big.dispatchEvent(new PointerEvent("pointerleave", {pointerType: "touch"})); found.touched = read();
   big.dispatchEvent(new PointerEvent("pointerleave")); found.left = shown();
   big.focus(); press("ArrowRight", big); press("ArrowDown", big); found.walked = read(); press("Escape"); found.escaped = shown();
-  $("strip").querySelector("button").click(); found.head = read(); found.headShown = shown(); $("back").click(); found.back = shown();
+  $("strip").querySelector("button").click(); found.head = read(); found.headShown = shown();
+  $("back").focus(); $("back").click(); found.back = shown(); found.kept = document.activeElement.title;  // not lost with the button
   $("strength").value = 0; $("strength").dispatchEvent(new Event("input"));
   found.invisible = getComputedStyle(document.querySelector("#big canvas")).opacity;
   press("]"); found.visible = getComputedStyle(document.querySelector("#big canvas")).opacity;
@@ -30,6 +31,8 @@ const visit = async () => {
   found.rows = [4.05, 4.95].map(y => { hover(.5, y / 16); const {values, shape} = current();
     return Math.floor(values.indexOf(Math.max(...values)) / shape[1]); });
   press("k"); found.before = $("path").textContent;
+  $("skip").focus(); const shownSkip = getComputedStyle($("skip")).clipPath === "none"; $("skip").click();
+  found.skipped = [shownSkip, document.activeElement === big];
   $("query").value = "2.jpg"; $("query").dispatchEvent(new Event("input")); found.found = $("list").children.length;
   $("query").value = ""; $("query").dispatchEvent(new Event("input"));
   $("see-classes").click();
@@ -42,10 +45,13 @@ const visit = async () => {
   found.error = [...kinds[0].querySelectorAll(".card")].at(-1).textContent;
   found.defined = $("definitions").querySelectorAll("dt").length;
   found.asked = [getComputedStyle(document.querySelector("main")).display === "none", $("classes").hidden];
+  const main = [...document.querySelectorAll("main, [role=main]")].filter(part => part.checkVisibility()); found.main = main.map(part => part.id);
+  found.meter = kinds[0].querySelector(".meter").getAttribute("aria-label");
   found.wideClasses = document.documentElement.scrollWidth <= innerWidth;
-  [...kinds[0].querySelectorAll(".card")].at(-1).click();
+  const last = [...kinds[0].querySelectorAll(".card")].at(-1); last.focus(); last.click(); found.handed = document.activeElement === big;
   found.opened = [$("path").textContent.split(" ")[0], document.querySelector("main").hidden, $("classes").hidden];
   show(entries[2]); found.longest = document.documentElement.scrollWidth <= innerWidth;
+  found.whole = [...$("bars").querySelectorAll("span")].every(s => s.scrollWidth <= s.clientWidth);
   const bars = $("bars").getBoundingClientRect(); found.percents = [...$("bars").querySelectorAll("span:last-child")].every(s => s.getBoundingClientRect().right <= bars.right);
   found.likeliest = target({scores: [["7", .6], ["10", .3], ["2", .1]], maps: {contrast: {2: {data: ""}, 10: {data: ""}}}}, "contrast", "7");
   $("theme").click(); found.paper = getComputedStyle(document.body).backgroundColor;

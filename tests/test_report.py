@@ -278,9 +278,11 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert found["touched"] == found["hover"]
     assert found["rows"] == [3, 3]  # of 14: where most of the fifth of 16 rows lies, at its upper end and at its lower
     assert found["head"] == "Shown: layer 1, head 1."
+    assert found["kept"] == "layer 1, head 1"
     assert (found["invisible"], found["visible"]) == ("0", "0.1")
     assert found["next"] == "photos/1.jpg"
     assert found["before"] == "photos/0.jpg"
+    assert found["skipped"] == [True, True]  # seen while it has the focus, and past all the cards
     assert found["found"] == 1
     assert found["classes"] == ["cat", "dog", "ship"]
     assert found["counted"].startswith("80 images · maps by rollout")
@@ -299,6 +301,10 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert found["defined"] == 8
     assert found["asked"] == [True, False]
     assert found["opened"] == ["photos/2.jpg", False, True]
+    assert found["main"] == ["classes"]
+    assert found["meter"] == "50.0 % ± 1.0 %; an even map: 60.0 %"
+    assert found["handed"]  # not lost with the button that was pressed
+    assert found["whole"]  # a long name wraps
     assert found["paper"] != found["otherPaper"]
     assert found["wide"]
     assert found["longest"]
