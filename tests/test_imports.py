@@ -1,9 +1,12 @@
 """Who may import whom, and that nobody pays for torch who only asks for help."""
 
 import ast
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +57,30 @@ def test_every_folder_is_a_package_that_is_installed():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for folder in ("vit", "data") for path in (ROOT / folder).rglob("*.*")}
     assert {str(path).replace("/", ".") for path in folders if path.name != "__pycache__"} == set(packages)
+
+
+def test_nothing_is_missing_of_what_is_packed(tmp_path):
+    """Of the packages in the wheel; in the source distribution also of what their tests need."""
+    pytest.importorskip("setuptools", minversion="77")
+    (source := tmp_path / "source").mkdir()
+    folders = ("vit", "data", "benchmarks", "configs", "docs", "tests")
+    for folder in folders:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("[!.]*"):
+        if path.is_file():
+            shutil.copy(path, source)
+    code = "from setuptools import build_meta as build\nbuild.build_sdist('..')\nbuild.build_wheel('..')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=100)
+    ((wheel,), (archive,)) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as packed:
+        names = set(packed.namelist())
+    with tarfile.open(archive) as packed:
+        sources = {name.partition("/")[2] for name in packed.getnames()}
+    files = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    files = [str(path) for path in files if "__pycache__" not in path.parts]
+    assert not set(files) - sources
+    assert not {path for path in files if path.startswith(("vit/", "data/"))} - names
+    assert {"vit/py.typed", "data/py.typed"} <= names  # without which type checkers pass the packages over
 
 
 def test_no_drawer_for_everything():
