@@ -168,7 +168,7 @@ def test_reads_what_timm_s_own_script_has_fine_tuned(tmp_path, classes):
 @pytest.mark.parametrize("sizes", [{"img_size": 224}, {"img_size": 96}, {"patch_size": 8, "img_size": 80}])
 def test_plain_weights_keep_the_sizes_that_they_were_trained_for(tmp_path, sizes):
     file = tmp_path / "model_best.pth.tar"
-    theirs = timm.create_model("test_vit", num_classes=7, **sizes).eval()
+    theirs: Any = timm.create_model("test_vit", num_classes=7, **sizes).eval()
     torch.save({"state_dict": theirs.state_dict()}, file)
     model, about = load_pretrained(f"test_vit={file}")
     images = torch.randn(2, 3, *theirs.patch_embed.img_size)

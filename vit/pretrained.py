@@ -142,7 +142,7 @@ def sizes_in(weights: dict[str, Tensor], usual: Any) -> dict[str, Any]:
         usual: The model that timm makes of their name. Another image size than its own is taken to be square.
     """
     embed, positions = usual.patch_embed, weights.get("pos_embed")
-    kernel = weights.get("patch_embed.proj.weight", embed.proj.weight)
+    kernel: Any = weights.get("patch_embed.proj.weight", embed.proj.weight)
     patch = tuple(kernel.shape[2:]) if kernel.ndim == 4 else embed.patch_size
     found: dict[str, Any] = {} if patch == embed.patch_size else {"patch_size": patch}
     if positions is not None and usual.pos_embed is not None:
