@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_intervals_hold_the_mean_of_all_images_as_often_as_they_say_or_there_are
             maps = torch.zeros(n, 8, 8)
             maps[:, 4, 4] = 1 - torch.rand(n) ** 3
             maps[:, 0, 0] = 1 - maps[:, 4, 4]
-            share = share_of(maps, border)
+            share: Any = share_of(maps, border)
             held[n].append(share["error"] is not None and abs(share["mean"] - 1 / 4) <= share["error"])
     assert sum(map(sum, (held[1], held[2], held[9]))) == 0
     assert sum(held[10]) / 300 > 0.85
