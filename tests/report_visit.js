@@ -34,6 +34,7 @@ const visit = async () => {
   $("skip").focus(); const shownSkip = getComputedStyle($("skip")).clipPath === "none"; $("skip").click();
   found.skipped = [shownSkip, document.activeElement === big];
   $("query").value = "2.jpg"; $("query").dispatchEvent(new Event("input")); found.found = $("list").children.length;
+  $("query").value = "nowhere"; $("query").dispatchEvent(new Event("input")); found.none = $("list").textContent;
   $("query").value = ""; $("query").dispatchEvent(new Event("input"));
   $("see-classes").click();
   const kinds = [...document.querySelectorAll(".kind")];

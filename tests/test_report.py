@@ -284,6 +284,7 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert found["before"] == "photos/0.jpg"
     assert found["skipped"] == [True, True]  # seen while it has the focus, and past all the cards
     assert found["found"] == 1
+    assert found["none"] == "No image has this label or name."
     assert found["classes"] == ["cat", "dog", "ship"]
     assert found["counted"].startswith("80 images · maps by rollout")
     assert found["hints"] == ["Perhaps a shortcut. One place <b>counts</b>."]
