@@ -141,16 +141,13 @@ def refusal(name: str, types: str, value: str) -> str:
         types: What jsonargparse says of each type that it may have.
         value: As jsonargparse shows it.
     """
+    if said := re.search(r"- ([\w.]+ cannot be .*)", types):  # by the parser of a class's own options
+        return f"{name}.{said[1]}"
     if nested := re.fullmatch(r"NestedArg\(key='(.*?)', val='?(.*?)'?\)", value.strip()):
-        option, value = nested.groups()
-        if said := re.search(rf"- ({option} cannot be .*)", types):  # by the parser of the class's own options
-            return f"{name}.{said[1]}"
-        return f"{name}.{option}: there is no such option of what {name} names"
+        return f"{name}.{nested[1]}: there is no such option of what {name} names"
     if odd := re.search(r"Option '([\w.]+)' is not accepted", types):  # in a file
         way = "; give a class as 'class_path: NAME', and its options below 'init_args:'" if "." in odd[1] else ""
         return f"{name}: there is no option {odd[1]}{way}"
-    if said := re.search(r"- ([\w.]+ cannot be .*)", types):  # by the parser of a class's options, of a file's class
-        return f"{name}.{said[1]}"
     why = re.search(r"Problem with given class_path '[\w.]+':\s*(module .*|No module .*)", types)
     if named := re.search(r"(?:given class_path '|import path string: )([\w.]+)", types):  # one class of a file's list
         value = named[1]
