@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities import rank_zero_only
 
 import train
 import vit.guard
@@ -308,6 +309,17 @@ def test_second_signal_stops_at_once(tmp_path, at_step):
     at_step(2, lambda self, loss: os.kill(os.getpid(), signal.SIGINT) or os.kill(os.getpid(), signal.SIGINT) or loss)
     assert fit(tmp_path, "--guard.minutes=60") == 130
     assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_one_process_of_several_says_that_a_signal_came(monkeypatch, capfd):
+    """The terminal's Ctrl-C comes to all of them."""
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        guard = Guard()
+        guard._receive(signal.SIGINT, None)
+        assert guard.received == signal.SIGINT
+        said = "\nSIGINT: saving after this step; once more to stop without\n"
+        assert capfd.readouterr().err == ("" if rank else said)
 
 
 @pytest.mark.parametrize("where", ["setup", "on_fit_start"])

@@ -1,6 +1,7 @@
 """What is said while a model trains: a bar in a terminal, a line now and then elsewhere."""
 
 import re
+import sys
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,7 +268,9 @@ def test_silence(clock, module, capsys, reason):
     assert text(progress) == ""
 
 
-def test_the_end_is_drawn_and_says_where_the_result_lies(clock, module):
+@pytest.mark.parametrize(("called", "predict"), [("train.py", "python predict.py"), ("bin/vit-train", "vit-predict")])
+def test_the_end_is_drawn_and_says_where_the_result_lies(clock, module, monkeypatch, called, predict):
+    monkeypatch.setattr(sys, "argv", [called, "fit"])
     progress, trainer = watched(), trainer_of(max_epochs=2)
     train(progress, trainer, module, clock, epochs=2, seconds=0.1)
     assert re.search(r"epoch 2/2 .* 100%.* val acc 51.0%.* 0:00:00 left", text(progress).splitlines()[-1])
@@ -281,7 +284,7 @@ def test_the_end_is_drawn_and_says_where_the_result_lies(clock, module):
     progress.teardown(trainer, module, "fit")
     assert text(progress).splitlines()[-2:] == [
         "best weights, epoch 7, val acc 51.2%: runs/x/model.safetensors",
-        "classify with them: python predict.py IMAGE --checkpoint runs/x/model.safetensors",
+        f"classify with them: {predict} IMAGE --checkpoint runs/x/model.safetensors",
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -108,8 +109,9 @@ class Guard(Checkpoint):
         if self.received:
             raise SystemExit(128 + signum)
         self.received = signum
-        text = f"\n{signal.Signals(signum).name}: saving after this step; once more to stop without\n"
-        os.write(2, text.encode())  # print() may be in use by what was interrupted
+        if rank_zero_only.rank == 0:  # a terminal's Ctrl-C comes to every process
+            text = f"\n{signal.Signals(signum).name}: saving after this step; once more to stop without\n"
+            os.write(2, text.encode())  # print() may be in use by what was interrupted
 
     # Every step
 

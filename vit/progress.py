@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,10 +177,11 @@ class TrainingProgress(ProgressBar):
         path, about = exported
         score = f", {self.metric_name} {about.metrics[self.metric]:.1%}" if self.metric in about.metrics else ""
         why = "none were kept as the best" if pl_module.validated is not None else "nothing was validated"
+        predict = "vit-predict" if Path(sys.argv[0]).name == "vit-train" else "python predict.py"  # as this was called
         which = f"best weights, epoch {about.training['epochs']}" if pl_module.measured else f"last ({why}) weights"
         for line in (
             f"{which}{score}: {path}",
-            f"classify with them: python predict.py IMAGE --checkpoint {path}",
+            f"classify with them: {predict} IMAGE --checkpoint {path}",
         ):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
