@@ -471,4 +471,4 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             left_over.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{path}: cannot write the cache ({reason}); free space or choose another root") from None
+        raise DataError(f"{path}: cannot write the cache ({reason}); free space or take another --data.root") from None

@@ -5,6 +5,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image, ImageCms
 from torchvision.transforms.v2.functional import center_crop, normalize, pil_to_tensor
 
 from benchmarks.predict_robust import mutations
+from vit import preprocess
 from vit.preprocess import FORMATS, SUFFIXES, ImageError, Preprocess, open_image
 
 PREPROCESS = Preprocess(image_size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -298,6 +300,30 @@ def test_bombs_are_refused(limit, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ImageError, match=f"limit of {limit}"):
         open_image(stored(picture(48, 45), "PNG"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_of_a_jpeg_the_pixels_that_are_decoded_count(monkeypatch):
+    """Some telephones give photographs of 108 million; of them a quarter of the side, or less, is decoded."""
+    photo = picture(480, 450)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    assert open_image(stored(photo, "JPEG"), min_side=200).size == (240, 225)
+    for file, least in ((stored(photo, "JPEG"), None), (stored(photo, "JPEG"), 300), (stored(photo, "PNG"), 200)):
+        with pytest.raises(ImageError, match="480 x 450 pixels, more than the limit of 200000; make it smaller"):
+            open_image(file, min_side=least)
+    with pytest.raises(ImageError, match="more pixels than the limit of 200000"):  # more than twice as many
+        open_image(stored(picture(960, 450), "JPEG"), min_side=20)
+
+
+@pytest.mark.parametrize(("progressive", "alone"), [(False, False), (True, True)])
+def test_a_large_progressive_jpeg_is_decoded_alone(monkeypatch, progressive, alone):
+    """However little is wanted of it, its coefficients are held until the last scan."""
+    one = MagicMock()
+    monkeypatch.setattr(preprocess, "LARGE", 100_000)
+    monkeypatch.setattr(preprocess, "_one_large", one)
+    file = stored(picture(480, 450), "JPEG", progressive=progressive)
+    assert open_image(file, min_side=100).size == (120, 113)
+    assert one.__enter__.called == alone
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

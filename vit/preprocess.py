@@ -72,8 +72,8 @@ def open_image(
         source: Path or binary file of a PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM or AVIF, or an image opened by Pillow; of
             an animation the first frame.
         mode: "RGB", or "L" for grey.
-        min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels; none to get
-            every pixel.
+        min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels, and may then
+            have up to twice the pixels of Pillow's bomb limit; none to get every pixel.
         white: Value that is white in grey images of more than 8 bits; none for ``scaled_to_8_bits``' own rule.
         reduce: What is wanted of the image, for less memory: of large ones only one is there whole at a time.
 
@@ -93,12 +93,13 @@ def open_image(
             os.stat(source)  # says what is wrong if there is no such file, or no permission to look
             raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
         with turn(source), Image.open(source, formats=FORMATS) as image:
-            refuse_bomb(image)
-            white = told(image, white)
+            white, whole = told(image, white), image.size
             if min_side is not None and image.format in ("JPEG", "MPO"):  # MPO: several of them, the first counts
                 scale = min_side / min(image.size)
                 image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            with _one_large if image.width * image.height > LARGE else nullcontext():
+            refuse_bomb(image)
+            held = whole if image.info.get("progressive") else image.size  # libjpeg: all of it until the last scan
+            with _one_large if math.prod(held) > LARGE else nullcontext():
                 image.load()
                 refuse_bomb(image)
                 opened = to_mode(upright(image.convert("I;16") if is_pgm(image) else image), mode, white)
@@ -133,7 +134,7 @@ def refuse_bomb(image: Image.Image) -> None:
     """Refuse sizes of which Pillow only warns: a small file can claim gigabytes of pixels."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ImageError(f"{image.width} x {image.height} pixels, more than the limit of {limit}")
+        raise ImageError(f"{image.width} x {image.height} pixels, more than the limit of {limit}; make it smaller")
 
 
 def reason(error: Exception, source: object) -> str:
@@ -153,7 +154,7 @@ def reason(error: Exception, source: object) -> str:
             return "a TIFF that is cut off or of a kind that cannot be read"
         return f"not an image of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"more pixels than the limit of {Image.MAX_IMAGE_PIXELS}"
+        return f"more pixels than the limit of {Image.MAX_IMAGE_PIXELS}; make it smaller"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):  # a large image, or a damaged one that says it is
