@@ -83,11 +83,11 @@ class TrainingProgress(ProgressBar):
         size = sum(p.numel() for p in vit.parameters())
         (height, width), (rows, columns) = vit.patch_size, vit.grid_size
         what = f"{data.dataset}: {len(data.train):,} training and {len(data.val or ()):,} validation images, "
-        total = int(trainer.estimated_stepping_batches)
+        total, devices = int(trainer.estimated_stepping_batches), trainer.num_devices * trainer.num_nodes
         lines = [
             f"{what}{vit.num_classes} classes",
             f"ViT of {size / 1e6:.2f} M parameters, {rows}x{columns} patches of {height}x{width} pixels; "
-            f"{total:,} steps on {trainer.num_devices * trainer.num_nodes} x {pl_module.device.type}",
+            f"{total:,} step{'s' * (total != 1)} on {devices} x {pl_module.device.type}",
         ]
         model: Any = pl_module
         if model.resolution and (until := model.resolution[-1][0]) * total > trainer.global_step:
