@@ -58,7 +58,8 @@ def left_out(passed_over: Counter[str], beside: list[str]) -> Iterator[str]:
     """In words, other files of the class folders, counted by ending, and what lies beside those folders."""
     if passed_over:
         kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in passed_over.most_common(5))
-        yield f"{passed_over.total()} other files in the class folders ({kinds})"
+        hint = "; .heic: pip install pillow-heif" * (".heic" in passed_over)
+        yield f"{passed_over.total()} other files in the class folders ({kinds}{hint})"
     if beside:
         yield f"{len(beside)} outside them ({', '.join(beside[:3])}{', ...' * (len(beside) > 3)})"
 

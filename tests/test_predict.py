@@ -863,6 +863,16 @@ def test_records_and_page_replace_no_source(run, images, tmp_path, monkeypatch):
         os.dup2(stdin, 0)
 
 
+def test_what_reads_the_photographs_of_iphones_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("vit.inputs.SUFFIXES", {".png"})  # as without pillow-heif
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.HEIC").touch()
+    code, _, err = run(tmp_path)
+    assert code == 0
+    said = "1 other file in the folders left out (.heic 1); name what to try; .heic: pip install pillow-heif"
+    assert err.splitlines()[-1].strip() == said
+
+
 def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()

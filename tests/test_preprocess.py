@@ -61,6 +61,7 @@ def difference(a: Image.Image, b: Image.Image) -> float:
         ("I", "TIFF", 0),
         ("F", "TIFF", 1),
         ("RGB", "AVIF", 6),
+        ("RGB", "HEIF", 6),
         ("RGB", "BMP", 0),
         ("RGB", "PPM", 0),
     ],
@@ -176,6 +177,7 @@ def test_eight_orientations_are_one_picture(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert difference(open_image(stored(turned, "PNG", exif=exif)), image) == 0
+    assert difference(open_image(stored(turned, "HEIF", exif=exif.tobytes())), image) < 6
     torch.testing.assert_close(
         PREPROCESS.load(stored(turned, "PNG", exif=exif)), PREPROCESS.load(image), atol=0, rtol=0
     )
@@ -223,6 +225,14 @@ def test_a_truncated_file_is_refused_not_half_read(format):
     open_image(io.BytesIO(whole))
     with pytest.raises(ImageError):
         open_image(io.BytesIO(whole[: len(whole) * 2 // 3]))
+
+
+def test_without_its_package_a_heic_says_which_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess, "FORMATS", FORMATS[:-1])
+    picture().save(tmp_path / "a.png", "HEIF")
+    for file in (tmp_path / "a.png", stored(picture(), "HEIF")):
+        with pytest.raises(ImageError, match=r"^a HEIC image: pip install pillow-heif$"):
+            open_image(file)
 
 
 def test_other_formats_are_refused_whatever_their_name(tmp_path):

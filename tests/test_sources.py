@@ -19,6 +19,7 @@ from sklearn.svm import SVC
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import data.cache
+import data.labels
 from data.datamodule import ImageDataModule
 from data.hub import StoredImages
 from data.sources import DataError, hint, load_source, stratified_split
@@ -189,14 +190,16 @@ def test_nested_files_count_and_others_do_not(tmp_path, load):
     assert colours(source.train)[1] == (7, 7)
 
 
-def test_what_is_left_out_is_said_in_one_line(tmp_path, load, capsys):
+def test_what_is_left_out_is_said_in_one_line(tmp_path, load, capsys, monkeypatch):
+    monkeypatch.setattr(data.labels, "SUFFIXES", {".png"})  # as without pillow-heif
     folder = make(tmp_path / "x", a=2, b=2)
     load(folder)
     assert capsys.readouterr().err == ""
     for name in ("a/0.heic", "b/1.HEIC", "b/LICENSE", "loose.png", "labels.csv", "b/.DS_Store"):
         (folder / name).touch()
     load(folder)
-    said = f"3 other files in the class folders (.heic 2, without ending 1); 1 outside them ({folder}/loose.png)"
+    heic = ".heic 2, without ending 1; .heic: pip install pillow-heif"
+    said = f"3 other files in the class folders ({heic}); 1 outside them ({folder}/loose.png)"
     assert capsys.readouterr().err == f"{folder}: left out: {said}\n"
     load(folder)
     assert capsys.readouterr().err == ""  # once

@@ -21,12 +21,22 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+try:
+    import pillow_heif  # photographs of iPhones, for those who have installed it
+except ImportError:
+    HEIC = False
+else:
+    HEIC = True
+    pillow_heif.register_heif_opener()
+    pillow_heif.options.DECODE_THREADS = 1  # files are decoded in threads
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") + ("HEIF",) * HEIC
 SUFFIXES = frozenset(  # all that Pillow knows of these formats; by them folders are searched
     f".{ending}"
     for ending in (
         *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"),
         *("ppm", "pgm", "pbm", "pnm", "pfm", "avif", "avifs"),
+        *("heic", "heics", "heif", "heifs", "hif") * HEIC,
     )
 )
 MODES = {1: "L", 3: "RGB"}
@@ -69,8 +79,8 @@ def open_image(
     """Decode one image as a person sees it: upright, in sRGB, transparency on white, 16 bits scaled to 8.
 
     Args:
-        source: Path or binary file of a PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM or AVIF, or an image opened by Pillow; of
-            an animation the first frame.
+        source: Path or binary file of a PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM, AVIF or, with the package pillow-heif,
+            HEIC, or an image opened by Pillow; of an animation the first frame.
         mode: "RGB", or "L" for grey.
         min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels, and may then
             have up to twice the pixels of Pillow's bomb limit; none to get every pixel.
@@ -150,7 +160,10 @@ def reason(error: Exception, source: object) -> str:
         start = beginning(source)
         if start == b"":
             return "empty file"
-        if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # Pillow looks for its directory, often at the end
+        start = start or b""
+        if "HEIF" not in FORMATS and start[4:] in (b"ftyphei", b"ftyphev", b"ftypmif"):
+            return "a HEIC image: pip install pillow-heif"
+        if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # Pillow looks for its directory, often at the end
             return "a TIFF that is cut off or of a kind that cannot be read"
         return f"not an image of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -164,14 +177,14 @@ def reason(error: Exception, source: object) -> str:
 
 
 def beginning(source: object) -> bytes | None:
-    """The first four bytes of a file; none of what cannot be read again, such as a pipe."""
+    """The first bytes of a file; none of what cannot be read again, such as a pipe."""
     try:
         if isinstance(source, str | Path):
             with open(source, "rb") as file:
-                return file.read(4)
+                return file.read(11)
         file: Any = source
         file.seek(0)
-        return file.read(4)
+        return file.read(11)
     except Exception:  # a file object may be anything
         return None
 

@@ -500,7 +500,8 @@ class Summary:
         if inputs.passed_over:
             kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in inputs.passed_over.most_common(5))
             count = inputs.passed_over.total()
-            say(f"  {count} other file{'s' * (count != 1)} in the folders left out ({kinds}); name what to try")
+            hint = "name what to try" + "; .heic: pip install pillow-heif" * (".heic" in inputs.passed_over)
+            say(f"  {count} other file{'s' * (count != 1)} in the folders left out ({kinds}); {hint}")
 
 
 @contextmanager
