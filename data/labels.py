@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.cache import DataError, one_line, say_once
-from vit.preprocess import SUFFIXES
+from vit.preprocess import SUFFIXES, by_ending
 from vit.records import composed
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -57,9 +57,7 @@ def list_images(roots: list[Path]) -> tuple[tuple[str, ...], dict[str, Listing]]
 def left_out(passed_over: Counter[str], beside: list[str]) -> Iterator[str]:
     """In words, other files of the class folders, counted by ending, and what lies beside those folders."""
     if passed_over:
-        kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in passed_over.most_common(5))
-        hint = "; .heic: pip install pillow-heif" * (".heic" in passed_over)
-        yield f"{passed_over.total()} other files in the class folders ({kinds}{hint})"
+        yield f"{passed_over.total()} other files in the class folders ({by_ending(passed_over)})"
     if beside:
         yield f"{len(beside)} outside them ({', '.join(beside[:3])}{', ...' * (len(beside) > 3)})"
 

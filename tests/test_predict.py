@@ -869,7 +869,7 @@ def test_what_reads_the_photographs_of_iphones_is_said(run, tmp_path, monkeypatc
     (tmp_path / "b.HEIC").touch()
     code, _, err = run(tmp_path)
     assert code == 0
-    said = "1 other file in the folders left out (.heic 1); name what to try; .heic: pip install pillow-heif"
+    said = "1 other file in the folders left out (.heic 1; .heic: pip install pillow-heif); name what to try"
     assert err.splitlines()[-1].strip() == said
 
 

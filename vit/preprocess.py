@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ def open_image(
         raise
     except Exception as error:  # a corrupt file raises whatever its decoder stumbles on
         raise ImageError(reason(error, source)) from error
+
+
+def by_ending(passed_over: Counter[str]) -> str:
+    """Files whose names are no images', in words: how many of the commonest endings, and what would read them."""
+    kinds = ", ".join(f"{ending or 'without ending'} {n}" for ending, n in passed_over.most_common(5))
+    return kinds + "; .heic: pip install pillow-heif" * (".heic" in passed_over)
 
 
 def is_pgm(image: Image.Image) -> bool:

@@ -498,10 +498,10 @@ class Summary:
         if n := inputs.in_maps:
             say(f"  {n} image{'s' * (n != 1)} in the folder of --maps left out, where maps are put: {options.maps}")
         if inputs.passed_over:
-            kinds = ", ".join(f"{suffix or 'without ending'} {n}" for suffix, n in inputs.passed_over.most_common(5))
-            count = inputs.passed_over.total()
-            hint = "name what to try" + "; .heic: pip install pillow-heif" * (".heic" in inputs.passed_over)
-            say(f"  {count} other file{'s' * (count != 1)} in the folders left out ({kinds}); {hint}")
+            from vit.preprocess import by_ending  # loaded long ago; not with this module, as torch comes with it
+
+            kinds, count = by_ending(inputs.passed_over), inputs.passed_over.total()
+            say(f"  {count} other file{'s' * (count != 1)} in the folders left out ({kinds}); name what to try")
 
 
 @contextmanager
