@@ -31,6 +31,7 @@ const visit = async () => {
   found.rows = [4.05, 4.95].map(y => { hover(.5, y / 16); const {values, shape} = current();
     return Math.floor(values.indexOf(Math.max(...values)) / shape[1]); });
   press("k"); found.before = $("path").textContent;
+  $("keys").click(); press("j"); found.off = $("path").textContent; $("keys").click();
   $("skip").focus(); const shownSkip = getComputedStyle($("skip")).clipPath === "none"; $("skip").click();
   found.skipped = [shownSkip, document.activeElement === big];
   $("query").value = "2.jpg"; $("query").dispatchEvent(new Event("input")); found.found = $("list").children.length;

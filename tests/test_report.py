@@ -281,7 +281,7 @@ def test_page_works_in_a_browser(tmp_path, window, total, said):
     assert found["kept"] == "layer 1, head 1"
     assert (found["invisible"], found["visible"]) == ("0", "0.1")
     assert found["next"] == "photos/1.jpg"
-    assert found["before"] == "photos/0.jpg"
+    assert found["before"] == found["off"] == "photos/0.jpg"
     assert found["skipped"] == [True, True]  # seen while it has the focus, and past all the cards
     assert found["found"] == 1
     assert found["none"] == "No image has this label or name."
