@@ -4,6 +4,7 @@ import glob
 import io
 import os
 import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -150,7 +151,16 @@ def test_a_writer_that_pauses_within_a_path_and_one_that_marks_its_text():
     assert list(read_paths(io.BytesIO(b"\xef\xbb\xbfa.png\nb.png\n"))) == ["a.png", "b.png"]
 
 
-def test_folders_too_deep_to_be_walked_take_a_place(tmp_path):
+@pytest.fixture
+def depth():
+    """As deep as Python goes by itself; torch's compiler lets it go deeper, and leaves it so."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+def test_folders_too_deep_to_be_walked_take_a_place(tmp_path, depth):
     folder = tmp_path / "deep"
     folder.mkdir()
     (folder / "a.png").touch()

@@ -19,6 +19,7 @@ from vit.model import VisionTransformer
 from vit.rollout import fuse_heads, rollout
 
 BLOCK = {2: 64, 4: 32}  # queries, and keys, at a time, by bytes of a number: heads of up to 64 then fit the registers
+OPTIONS = {"enable_fp_fusion": True}  # as Triton does by itself until 3.9, which warns that it will not
 
 
 @torch.no_grad()
@@ -95,7 +96,8 @@ def step(row: Tensor, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
     run: Any = step_kernel[(B, triton.cdiv(N, block))]
     strides = (*q.stride(), *k.stride(), *lse.stride())
     with torch.cuda.device_of(row):  # Triton launches on the current device, whichever the tensors are on
-        run(row, q, k, lse, out, h, N, d, d**-0.5, *strides, BLOCK=block, SIZE=max(16, triton.next_power_of_2(d)))
+        size = max(16, triton.next_power_of_2(d))
+        run(row, q, k, lse, out, h, N, d, d**-0.5, *strides, BLOCK=block, SIZE=size, **OPTIONS)
     return out
 
 
