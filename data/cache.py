@@ -29,7 +29,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vit.preprocess import FORMATS, ImageError, Preprocess, open_image
+from vit.preprocess import ImageError, Preprocess, of_any_size, open_image
 from vit.quiet import quiet_libraries
 from vit.records import printable
 
@@ -120,7 +120,7 @@ class ImageFiles:
         """Width and height of one image, and the largest value of one that holds 16 or 32 bits; None if unreadable."""
         try:
             file = self.file(index)
-            with file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as image:
+            with file if isinstance(file, Image.Image) else of_any_size(file) as image:
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter ...
                 turned &= image.format != "TIFF"  # ... of which Pillow has seen to the size
                 width, height = image.size[::-1] if turned else image.size

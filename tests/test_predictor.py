@@ -116,6 +116,18 @@ def test_an_array_is_the_image_of_its_file(predictor, tmp_path, mode, dtype):
     np.testing.assert_array_equal(predictor.explain(array).grid, predictor.explain(tmp_path / "a.png").grid)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_a_jpeg_of_a_hundred_megapixels_shows_is_explained_at_half_its_size(predictor, tmp_path, monkeypatch):
+    file = tmp_path / "a.jpg"
+    pictures(1)[0].resize((960, 451)).save(file)
+    expected = predictor.explain(file)
+    for limit in (400_000, 200_000):  # Pillow refuses above twice the limit and only warns below that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        found = predictor.explain(file)
+        assert (found.prediction, found.image.size) == (expected.prediction, (480, 226))
+        np.testing.assert_array_equal(found.grid, expected.grid)
+
+
 def test_an_array_of_16_bit_colour_is_the_image_of_its_file(predictor, tmp_path):
     array = np.random.default_rng(0).integers(0, 2**16, (20, 30, 3), dtype=np.uint16)
     (tmp_path / "a.ppm").write_bytes(b"P6 30 20 65535\n" + array.astype(">u2").tobytes())

@@ -314,15 +314,30 @@ def test_bombs_are_refused(limit, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_of_a_jpeg_the_pixels_that_are_decoded_count(monkeypatch):
-    """Some telephones give photographs of 108 million; of them a quarter of the side, or less, is decoded."""
-    photo = picture(480, 450)
+    """Some telephones give photographs of 108 or 200 million; of them a quarter of the side, or less, is decoded."""
+    photo = picture(480, 451)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
-    assert open_image(stored(photo, "JPEG"), min_side=200).size == (240, 225)
-    for file, least in ((stored(photo, "JPEG"), None), (stored(photo, "JPEG"), 300), (stored(photo, "PNG"), 200)):
-        with pytest.raises(ImageError, match="480 x 450 pixels, more than the limit of 200000; make it smaller"):
+    for least in (200, None):
+        assert open_image(stored(photo, "JPEG"), min_side=least).size == (240, 226)
+    for file, least in ((stored(photo, "JPEG"), 300), (stored(photo, "PNG"), None)):
+        with pytest.raises(ImageError, match="480 x 451 pixels, more than the limit of 200000; make it smaller"):
             open_image(file, min_side=least)
-    with pytest.raises(ImageError, match="more pixels than the limit of 200000"):  # more than twice as many
-        open_image(stored(picture(960, 450), "JPEG"), min_side=20)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_jpeg_of_more_than_twice_pillows_limit_is_decoded_smaller(monkeypatch, tmp_path):
+    photo = picture(960, 451)
+    small = open_image(stored(photo, "JPEG"), min_side=100)
+    file, progressive = tmp_path / "a.jpg", stored(photo, "JPEG", progressive=True)
+    file.write_bytes(stored(photo, "JPEG").getvalue())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    for source in (file, str(file), stored(photo, "JPEG")):
+        assert open_image(source, min_side=100) == small
+    assert open_image(file).size == (480, 226)
+    with pytest.raises(ImageError, match="960 x 451 pixels, more than the limit of 400000; make it smaller"):
+        open_image(progressive, min_side=100)  # however little is wanted of it, its coefficients are held
+    with pytest.raises(ImageError, match="more pixels than the limit of 200000"):
+        open_image(stored(photo, "PNG"), min_side=100)
 
 
 @pytest.mark.parametrize(("progressive", "alone"), [(False, False), (True, True)])

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin
 from torch import Tensor
 
 try:
@@ -83,8 +83,8 @@ def open_image(
         source: Path or binary file of a PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM, AVIF or, with the package pillow-heif,
             HEIC, or an image opened by Pillow; of an animation the first frame.
         mode: "RGB", or "L" for grey.
-        min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels, and may then
-            have up to twice the pixels of Pillow's bomb limit; none to get every pixel.
+        min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels; none to get
+            every pixel. Of JPEGs Pillow's bomb limit then bounds what is decoded, here half the side if it has to be.
         white: Value that is white in grey images of more than 8 bits; none for ``scaled_to_8_bits``' own rule.
         reduce: What is wanted of the image, for less memory: of large ones only one is there whole at a time.
 
@@ -103,16 +103,20 @@ def open_image(
         if isinstance(source, str | Path) and not os.path.isfile(source):  # a pipe or a device could wait for ever
             os.stat(source)  # says what is wrong if there is no such file, or no permission to look
             raise ImageError("a folder, not an image file" if os.path.isdir(source) else "not a regular file")
-        with turn(source), Image.open(source, formats=FORMATS) as image:
+        with turn(source), of_any_size(source) as image:
             white, whole = told(image, white), image.size
-            if min_side is not None and image.format in ("JPEG", "MPO"):  # MPO: several of them, the first counts
-                scale = min_side / min(image.size)
-                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            refuse_bomb(image)
+            if image.format in ("JPEG", "MPO"):  # MPO: several of them, the first counts
+                if min_side is not None:
+                    scale = min_side / min(image.size)
+                    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+                elif too_large(whole):
+                    image.draft(None, (image.width // 2, image.height // 2))
+            refuse_bomb(image.size)
             held = whole if image.info.get("progressive") else image.size  # libjpeg: all of it until the last scan
+            refuse_bomb(held, allowed=2)
             with _one_large if math.prod(held) > LARGE else nullcontext():
                 image.load()
-                refuse_bomb(image)
+                refuse_bomb(image.size)
                 opened = to_mode(upright(image.convert("I;16") if is_pgm(image) else image), mode, white)
                 return reduce(opened) if reduce else opened
     except ImageError:
@@ -147,11 +151,29 @@ def turn(source: object) -> AbstractContextManager:
     return nullcontext() if isinstance(source, str | Path) else _turns[id(source) // 64 % len(_turns)]
 
 
-def refuse_bomb(image: Image.Image) -> None:
+def of_any_size(source: str | Path | IO[bytes]) -> Image.Image:
+    """Opened, not yet decoded; a JPEG of any size, as less can be decoded: some telephones give 200 megapixels."""
+    try:
+        return Image.open(source, formats=FORMATS)
+    except Image.DecompressionBombError as bomb:
+        if not isinstance(source, str | Path):
+            source.seek(0)
+        try:
+            return JpegImagePlugin.JpegImageFile(source)
+        except SyntaxError:  # of another format
+            raise bomb from None
+
+
+def too_large(size: tuple[int, int], allowed: int = 1) -> bool:
+    """Whether these are more pixels than Pillow's bomb limit, so many times."""
+    return Image.MAX_IMAGE_PIXELS is not None and math.prod(size) > allowed * Image.MAX_IMAGE_PIXELS
+
+
+def refuse_bomb(size: tuple[int, int], allowed: int = 1) -> None:
     """Refuse sizes of which Pillow only warns: a small file can claim gigabytes of pixels."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise ImageError(f"{image.width} x {image.height} pixels, more than the limit of {limit}; make it smaller")
+    if too_large(size, allowed):
+        limit = allowed * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ImageError(f"{size[0]} x {size[1]} pixels, more than the limit of {limit}; make it smaller")
 
 
 def reason(error: Exception, source: object) -> str:
