@@ -224,6 +224,13 @@ def test_hints_name_what_they_found():
     assert hint(framed, beside / beside.sum()) is not None
     for others in (torch.roll(spot.mean(0), 1, 1), spot.mean(0)):  # those of a cell count for the one beside it
         assert "row 1 of 8, column 6 of 8, counts" not in str(hint(spot, others))
+    absent, marked = even_maps(30), even.clone()
+    absent[:, 0, 4:] += 0.04
+    absent /= absent.sum((1, 2), keepdim=True)
+    marked[0, 5] = 0.3  # by which the others are told, and this class by its absence
+    assert "The border counts for" in str(hint(absent, even))
+    assert hint(absent, marked / marked.sum()) is None
+    assert hint(framed, marked / marked.sum()) == hint(framed, even)
     assert hint(torch.full((50, 3, 3), 1 / 9), torch.full((3, 3), 1 / 9)) is None  # all border
 
 

@@ -37,7 +37,8 @@ DEFINITIONS = {
         f"Shown from {FEWEST} images on, where the border holds more than {BORDER:g} times, or one cell of it more "
         f"than {SPOT:g} times, what is there in an even map and in the other classes' maps (of a cell: there or beside "
         f"it), even with {SIGMAS} standard errors taken off: a frame, a watermark or the background may decide, not "
-        "the object."
+        f"the object. Cells that hold more than {SPOT:g} times an even map's share for the others, or are beside such, "
+        "are left out of the whole border: others have a mark there, by whose absence this class may be told."
     ),
 }
 
@@ -220,7 +221,8 @@ def hint(maps: Tensor, others: Tensor) -> str | None:
     Args:
         maps: Of its images, (n, rows, columns).
         others: Mean map of the other classes, (rows, columns). A place is set against its neighbours there too: a class
-            without the mark of another one is told by its absence, and that is looked for about the same place.
+            without the mark of another one is told by its absence, and that is looked for about the same place. Of the
+            whole border, such a place does not count.
     """
     found = regions(*maps.shape[1:])
     if len(maps) < FEWEST or not found:
@@ -236,7 +238,9 @@ def hint(maps: Tensor, others: Tensor) -> str | None:
         return (
             f"One place on the border, row {row}, column {column}, counts {times:.1f} times as much as in an even map."
         )
-    whole, usual = shares.sum(1), max(float(others[border].sum()), even * len(beside))
+    unmarked = beside <= SPOT * even
+    whole = shares[:, unmarked].sum(1)
+    usual = max(float(others[border][unmarked].sum()), even * int(unmarked.sum()))
     if whole.mean() - SIGMAS * standard_error(whole) > BORDER * usual:
-        return f"The border counts for {whole.mean():.0%}; in an even map it is {even * len(beside):.0%}."
+        return f"The border counts for {shares.sum(1).mean():.0%}; in an even map it is {even * len(beside):.0%}."
     return None
