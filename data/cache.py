@@ -364,7 +364,8 @@ def decode(files: ImageFiles, num_workers: int, title: str, *, keep: bool = True
         _Chunks(files, chunks, keep),
         batch_size=None,
         worker_init_fn=_silence,
-        num_workers=num_workers if len(chunks) > num_workers else 0,
+        num_workers=(workers := num_workers if len(chunks) > num_workers else 0),
+        multiprocessing_context=start_method(workers),
         generator=torch.Generator(),  # the default one would advance the run's random numbers, but only without a cache
     )
     console = Console(stderr=True)
@@ -383,6 +384,11 @@ def decode(files: ImageFiles, num_workers: int, title: str, *, keep: bool = True
         raise DataError(wrong_size)
     if unreadable:
         raise BadFiles(unreadable)
+
+
+def start_method(workers: int) -> str | None:
+    """How a loader starts so many workers: on Linux forked, for Python 3.14 would import all of torch in each anew."""
+    return "fork" if workers and sys.platform == "linux" else None
 
 
 class _Chunks(Dataset):

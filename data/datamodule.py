@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.augment import DRAWS, Augment, epoch_key, uniform
-from data.cache import OnBad, say_once
+from data.cache import OnBad, say_once, start_method
 from data.labels import refuse_among
 from data.sources import DataError, Source, Split, Stream, load_source, stratified_split
 from data.stream import Batch, StreamDataset, StreamOrder, even
@@ -458,6 +458,7 @@ class ImageDataModule(LightningDataModule):
             sampler=order,
             batch_size=None,
             num_workers=workers,
+            multiprocessing_context=start_method(workers),
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda" and not on_device,  # so that the host need not wait for the copy
             worker_init_fn=ignore_signals,

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,20 @@ def test_slower_of_two_writers_loses_its_file_but_not_its_cache(tmp_path):
     assert open_array(path, shape) is not None
     assert np.array_equal(np.load(path), content)
     assert os.listdir(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python's own way is kept")
+def test_on_linux_workers_see_what_is_in_memory_whatever_python_starts_by_default(files, tmp_path, monkeypatch):
+    """As by 3.14 each imports all of torch anew, for seconds and a gigabyte."""
+    before = multiprocessing.get_start_method()
+    monkeypatch.setattr(data.cache, "CHUNK", 2 * 3 * SIZE[0] * SIZE[1])
+    monkeypatch.setattr(data.cache, "open_image", lambda *_, **__: Image.new("RGB", SIZE[::-1], "white"))
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        images = cached_images(files, name="set", folder=tmp_path / "cache", num_workers=2)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert (images[torch.arange(len(files))] == 255).all()
 
 
 def build_at(barrier, files, folder, results):
