@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from vit.saving import CheckpointFile
 
 ROOT = Path(__file__).parent.parent
 MODEL = ["--model.embed_dim=32", "--model.depth=2", "--model.num_heads=2", "--model.drop_path_rate=0.1"]
+SMALL = [f"--config={ROOT / 'configs/digits.yaml'}", *MODEL, "--data.batch_size=128"]  # ten steps an epoch
 EMA = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.99}}"
 KINDS = {
     "in memory, no workers": ([], 1),
@@ -107,7 +108,13 @@ class Run:
 
 
 def start(
-    root: Path, args: list[str], *, ranks: int = 1, nodes: int = 1, prepare: Callable[[int], None] = lambda rank: None
+    root: Path,
+    args: list[str],
+    *,
+    ranks: int = 1,
+    nodes: int = 1,
+    prepare: Callable[[int], None] = lambda rank: None,
+    base: Sequence[str] = SMALL,
 ) -> Run:
     """Fork the processes of one run of ``train.py fit``.
 
@@ -117,12 +124,11 @@ def start(
         ranks: Number of processes.
         nodes: Number of nodes they pretend to be on.
         prepare: Called in each process with its rank, before training.
+        base: Model and data.
     """
     args = [
         "fit",
-        f"--config={ROOT / 'configs/digits.yaml'}",
-        *MODEL,
-        "--data.batch_size=128",  # ten steps an epoch
+        *base,
         "--trainer.max_epochs=3",
         "--trainer.accelerator=cpu",
         f"--trainer.devices={ranks // nodes}",
@@ -446,11 +452,12 @@ def malicious() -> dict[str, Any]:
     return {"case": case, "times": 20, "as wanted": int(passed[1]) if passed else 0}
 
 
-def cost(folder: Path, images_an_epoch: int = 45_000, batch: int = 1024) -> dict[str, Any]:
+def cost(folder: Path, images_an_epoch: int = 45_000, batch: int = 1024, small: int = 16) -> dict[str, Any]:
     """What checks and saves add to an epoch of configs/cifar10.yaml, here on the CPU.
 
-    Steps are measured on small batches and scaled to the config's; checks and saves depend on the model alone. An epoch
-    counts one save of last.ckpt and one of best.ckpt, more than a run does: the guard spaces the first.
+    Steps are measured on small batches and scaled to the config's, uncompiled and in float32, as not every processor
+    has bfloat16; checks and saves depend on the model alone. An epoch counts one save of last.ckpt and one of
+    best.ckpt, more than a run does: the guard spaces the first.
     """
     seconds: dict[str, list[float]] = {"step": [], "check": [], "save": []}
 
@@ -476,16 +483,16 @@ def cost(folder: Path, images_an_epoch: int = 45_000, batch: int = 1024) -> dict
 
         ViTClassifier.on_fit_end = on_fit_end  # type: ignore[method-assign]
 
-    args = [f"--config={ROOT / 'configs/cifar10.yaml'}", "--model.resolution=[]", "--data.batch_size=64"]
-    args += [f"--data.dataset={folder / 'images'}", "--data.image_size=32", "--trainer.accelerator=cpu"]
-    args += ["--trainer.max_epochs=2", f"--trainer.default_root_dir={folder / 'cost'}"]
-    run = start(folder / "cost", args, prepare=measure)
+    args = ["--model.resolution=[]", "--model.compile=false", f"--data.batch_size={small}"]
+    args += [f"--data.dataset={folder / 'images'}", "--data.image_size=32", "--trainer.precision=32-true"]
+    args += ["--trainer.max_epochs=2", "--trainer.limit_train_batches=5"]
+    run = start(folder / "cost", args, prepare=measure, base=[f"--config={ROOT / 'configs/cifar10.yaml'}"])
     if any(run.wait()):
         raise RuntimeError(run.output)
     seconds = json.loads((folder / "seconds").read_text())
     steps = len(seconds["step"])
     check, save = sum(seconds["check"]) / steps, statistics.median(seconds["save"])
-    step = (statistics.median(seconds["step"]) - check) * batch / 64
+    step = (statistics.median(seconds["step"]) - check) * batch / small
     epoch = images_an_epoch // batch * step
     share = (images_an_epoch // batch * check + 2 * save) / epoch
     return {

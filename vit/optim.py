@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import AdamW, Optimizer
 
+from vit.predictor import has_bfloat16
+
 TOKENS = ("pos_embed", "cls_token", "reg_token")
 
 
@@ -52,8 +54,9 @@ def split_by_depth(model: nn.Module, group: dict[str, Any], decay: float) -> lis
 class StackedMuon(Muon):
     """timm's Muon with Nesterov momentum, but all matrices of one shape are turned by the same products.
 
-    One by one they are thirty small operations each, for which a GPU is waited for more than it computes. On a CPU the
-    numbers are timm's to the bit; its other options (``scale_eps``, ``safety_factor``, convolutions) are not looked at
+    One by one they are thirty small operations each, for which a GPU is waited for more than it computes. On a CPU with
+    bfloat16 the numbers are timm's to the bit; a device that would have to emulate it, which can take twenty times as
+    long, multiplies in float32. timm's other options (``scale_eps``, ``safety_factor``, convolutions) are not looked at
     here. Of matrices that are shared out over processes (FSDP) the momentum is too, and each process puts together, and
     turns, all of them: one exchange a shape, where timm's products of what is shared out take sixteen a matrix.
     """
@@ -92,7 +95,8 @@ class StackedMuon(Muon):
             gradients = [local(matrix.grad) for matrix in matrices]  # type: ignore[arg-type]
             foreach._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = together(foreach._foreach_lerp(gradients, momenta, group["momentum"]), matrices[0])  # Nesterov's
-            turned = zeropower_via_newtonschulz(ahead, group["ns_steps"], coefficients, eps=group["eps"])
+            dtype = torch.bfloat16 if has_bfloat16(ahead.device) else torch.float32
+            turned = zeropower_via_newtonschulz(ahead, group["ns_steps"], coefficients, eps=group["eps"], dtype=dtype)
             turned = turned.to(matrices[0].dtype, memory_format=torch.contiguous_format)  # else added one by one
             matrices, turned = [local(matrix) for matrix in matrices], own_part(turned, matrices[0])
             foreach._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
