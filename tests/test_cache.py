@@ -195,7 +195,7 @@ def test_on_linux_workers_see_what_is_in_memory_whatever_python_starts_by_defaul
     """As by 3.14 each imports all of torch anew, for seconds and a gigabyte."""
     before = multiprocessing.get_start_method()
     monkeypatch.setattr(data.cache, "CHUNK", 2 * 3 * SIZE[0] * SIZE[1])
-    monkeypatch.setattr(data.cache, "open_image", lambda *_, **__: Image.new("RGB", SIZE[::-1], "white"))
+    monkeypatch.setattr(data.cache, "open_image", lambda *_, **__: Image.new("RGB", (SIZE[1], SIZE[0]), "white"))
     multiprocessing.set_start_method("forkserver", force=True)
     try:
         images = cached_images(files, name="set", folder=tmp_path / "cache", num_workers=2)

@@ -116,7 +116,7 @@ def test_muon_is_timms(model, bfloat16, monkeypatch):
     if not bfloat16:
         exact = partial(zeropower_via_newtonschulz, dtype=torch.float32)
         monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", exact)
-    tolerance = {"rtol": 0, "atol": 0} if bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    rtol, atol = (0, 0) if bfloat16 else (1e-4, 1e-5)
     twin = copy.deepcopy(model)
     ours = build_optimizer(model, name="muon", **RATES)
     theirs = Muon(
@@ -139,7 +139,7 @@ def test_muon_is_timms(model, bfloat16, monkeypatch):
         ours.step()
         theirs.step()
         for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(mine, other, **tolerance)
+            torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
     assert {group["betas"] for group in ours.param_groups} == {(0.9, 0.99)}  # as with AdamW
     mine, other = ours.state_dict(), theirs.state_dict()
     assert mine["param_groups"] == other["param_groups"]
