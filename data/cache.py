@@ -360,11 +360,12 @@ def decode(files: ImageFiles, num_workers: int, title: str, *, keep: bool = True
     """
     step = max(1, CHUNK // math.prod(files.shape[1:]))
     chunks = [range(start, min(start + step, len(files))) for start in range(0, len(files), step)]
+    workers = num_workers if len(chunks) > num_workers else 0
     loader = DataLoader(
         _Chunks(files, chunks, keep),
         batch_size=None,
         worker_init_fn=_silence,
-        num_workers=(workers := num_workers if len(chunks) > num_workers else 0),
+        num_workers=workers,
         multiprocessing_context=start_method(workers),
         generator=torch.Generator(),  # the default one would advance the run's random numbers, but only without a cache
     )

@@ -84,7 +84,7 @@ def open_image(
             HEIC, or an image opened by Pillow; of an animation the first frame.
         mode: "RGB", or "L" for grey.
         min_side: A JPEG may come back reduced by 2, 4 or 8 while its shorter side keeps this many pixels; none to get
-            every pixel. Of JPEGs Pillow's bomb limit then bounds what is decoded, here half the side if it has to be.
+            every pixel, or half the side of a JPEG beyond Pillow's bomb limit, which bounds what is decoded.
         white: Value that is white in grey images of more than 8 bits; none for ``scaled_to_8_bits``' own rule.
         reduce: What is wanted of the image, for less memory: of large ones only one is there whole at a time.
 
