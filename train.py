@@ -75,12 +75,15 @@ def main(args: ArgsType = None) -> int:
     except UNUSABLE as error:
         say(error)
         return 2
-    except torch.OutOfMemoryError as error:
-        say(f"{error}; try half the --data.batch_size")
-        return 2
     except Diverged as error:
         say(f"diverged: {error}; try a lower model.lr, with Muon a lower model.muon_lr")
         return 5
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):  # a processor's has no type of its own
+            raise
+        say(f"out of memory; try half the --data.batch_size, or a smaller model ({error})")
+        return 2
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning makes the one the other
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             return 128 + signal.SIGINT  # before training began; after that the guard sees to it

@@ -562,6 +562,13 @@ def test_nothing_of_an_earlier_run_is_taken_for_the_new_one(tmp_path, capfd):
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".ckpt", ".safetensors")]
 
 
+def test_what_does_not_fit_into_memory_is_said(tmp_path, capfd):
+    """More than a processor can address, so that no machine tries to find it."""
+    assert run("fit", tmp_path, "--trainer.max_epochs=1", "--model.mlp_ratio=1e12") == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: out of memory; try half the --data.batch_size, or a smaller model (")
+
+
 def test_a_dry_run_leaves_the_run_in_its_folder_alone(fitted, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(fitted, root)
