@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("sources", metavar="SOURCE", nargs="*", help="image, folder, glob, or - for paths on standard input")
     p.add_argument(
-        "--checkpoint", metavar="FILE", help="model.safetensors, .ckpt, or a timm name [the shipped CIFAR-10 weights]"
+        "--checkpoint",
+        metavar="FILE",
+        help="model.safetensors, .ckpt, a timm name, a folder of timm or transformers [the shipped CIFAR-10 weights]",
     )
     p.add_argument("--recursive", action="store_true", help="search folders with their subfolders")
     p.add_argument("--classes", action="store_true", help="print the class names and stop")

@@ -478,10 +478,10 @@ def test_lightning_checkpoint_with_odd_contents(tmp_path):
 def test_what_older_versions_do_not_know_is_there_only_where_it_says_something():
     described = checkpoint.describe(replace(ABOUT, architecture=ABOUT.architecture | {"rope": False}))
     assert "rope" not in described["architecture"]
-    assert "white" not in described["preprocess"]
-    preprocess = replace(ABOUT.preprocess, white=9.0)
+    assert not {"white", "squash"} & described["preprocess"].keys()
+    preprocess = replace(ABOUT.preprocess, white=9.0, squash=True)
     described = checkpoint.describe(
         replace(ABOUT, architecture=ABOUT.architecture | {"rope": True}, preprocess=preprocess)
     )
     assert described["architecture"]["rope"] is True
-    assert described["preprocess"]["white"] == 9.0
+    assert (described["preprocess"]["white"], described["preprocess"]["squash"]) == (9.0, True)

@@ -393,6 +393,17 @@ def test_images_are_resampled_by_the_filter_that_is_named(name):
     assert difference(pre.cut(image), image.resize((45, 30), Image.Resampling[name.upper()])) == 0
 
 
+@pytest.mark.parametrize("crop", [1.0, 0.8])
+def test_squashed_images_keep_their_ends(crop):
+    image = picture(90, 50)
+    pre = Preprocess(image_size=(30, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop=crop, squash=True)
+    assert pre.box(90, 50) == pytest.approx((45 - 45 * crop, 25 - 25 * crop, 45 + 45 * crop, 25 + 25 * crop))
+    inner = Image.fromarray(
+        center_crop(pil_to_tensor(image), [round(50 * crop), round(90 * crop)]).permute(1, 2, 0).numpy()
+    )
+    assert difference(pre.cut(image), inner.resize((40, 30), Image.Resampling.BICUBIC)) < 1
+
+
 def test_box_of_a_model_that_is_not_square():
     pre = Preprocess(image_size=(16, 32), mean=(0.5,), std=(0.5,))
     assert pre.box(100, 100) == (0, 25, 100, 75)

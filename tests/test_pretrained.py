@@ -109,10 +109,11 @@ def tiny_timm(**more: Any) -> Any:
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **more}).eval()
 
 
-def folder(path: Path, **more: Any) -> Path:
+def folder(path: Path, crop_mode: str = "center", **more: Any) -> Path:
     """A folder as the hub keeps it, written by timm alone."""
     config = {"label_names": list(CLASSES)} if more.get("num_classes", 3) == 3 else {}
     data = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.25), "crop_pct": 0.9, "interpolation": "bilinear"}
+    data["crop_mode"] = crop_mode
     save_for_hf(tiny_timm(**more), str(path), model_config=config, safe_serialization=True, data_config=data)
     return path
 
@@ -129,9 +130,12 @@ def test_reads_a_folder_of_timm(tmp_path):
     )
 
 
-def test_sees_of_an_image_what_timm_does(tmp_path):
-    theirs = timm.create_model(f"local-dir:{folder(tmp_path, img_size=80)}", pretrained=True)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8))
+@pytest.mark.parametrize(
+    ("crop_mode", "size"), [("center", (160, 160)), ("squash", (160, 160)), ("squash", (100, 240))]
+)
+def test_sees_of_an_image_what_timm_does(crop_mode, size, tmp_path):
+    theirs = timm.create_model(f"local-dir:{folder(tmp_path, crop_mode, img_size=80)}", pretrained=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     preprocess = load_pretrained(tmp_path)[1].preprocess  # 80 pixels of 88, as a ninth of 80 is no whole number
     transform: Any = create_transform(**resolve_data_config({}, model=theirs))
     found = preprocess.normalize(preprocess(picture)[None])[0]
@@ -323,10 +327,10 @@ def test_refuses_a_folder_without_description(tmp_path):
         load_pretrained(tmp_path)
 
 
-def test_a_folder_of_transformers_is_told_apart(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"]}')
+def test_a_folder_of_neither_is_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "another"}')
     save_file({"embeddings.cls_token": torch.zeros(1, 1, 8)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"its config\.json is not timm's, perhaps transformers'; timm has most"):
+    with pytest.raises(CheckpointError, match=r"its config\.json is neither timm's nor transformers'$"):
         load_pretrained(tmp_path)
 
 

@@ -103,8 +103,9 @@ def describe(about: Checkpoint) -> dict[str, Any]:
     """The description as plain data, as both kinds of checkpoint hold it."""
     described = {"format_version": FORMAT_VERSION, **asdict(about)}
     # So that versions that do not know these read all files without them.
-    if described["preprocess"]["white"] is None:
-        del described["preprocess"]["white"]
+    for name, usual in {"white": None, "squash": False}.items():
+        if described["preprocess"][name] == usual:
+            del described["preprocess"][name]
     if not described["architecture"].get("rope"):
         described["architecture"].pop("rope", None)
     return described
@@ -127,7 +128,7 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
         if not path.is_file():
             raise CheckpointError("no such checkpoint file")
         weights, about = _read_ckpt(path) if path.suffix == ".ckpt" else _read_safetensors(path)
-        model = _build(about, weights)
+        model = build(about, weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {printable(str(error))}") from error
     except OSError as error:
@@ -139,8 +140,8 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
 
 def _of_folder(folder: Path) -> str:
     """What to give instead of it."""
-    if (folder / "config.json").is_file():  # beside it lies a model.safetensors of timm's
-        return "a folder as timm keeps it, not a checkpoint file; predict.py and --model.pretrained read it"
+    if (folder / "config.json").is_file():  # beside it lies a model.safetensors of theirs
+        return "a folder of timm or transformers, not a checkpoint file; predict.py and --model.pretrained read it"
     files = (folder / name for name in ("model.safetensors", "best.ckpt", "last.ckpt"))
     found = next((file for file in files if file.is_file()), None)
     return "a folder, not a checkpoint file" + (f"; give {found}" if found else "")
@@ -198,8 +199,16 @@ def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
 
 
-def _build(about: Checkpoint, weights: dict[str, Tensor]) -> VisionTransformer:
-    """The model the description asks for, with these weights; nothing is allocated before they are known to fit."""
+def build(about: Checkpoint, weights: dict[str, Tensor]) -> VisionTransformer:
+    """The model the description asks for, in eval mode; nothing is allocated before the weights are known to fit.
+
+    Args:
+        about: The description.
+        weights: By the names of VisionTransformer; they become float32.
+
+    Raises:
+        CheckpointError: If they do not fit it, are not finite, or there is no such architecture.
+    """
     for name, value in about.architecture.items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not abs(number) <= LARGEST:

@@ -63,8 +63,9 @@ class ViTClassifier(LightningModule):
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
         resolution: Pairs (until, factor): up to this share of the steps images are scaled by this factor; after the
             last pair they have their full size. Fewer pixels are fewer tokens: cheap steps first, sharp ones last.
-        pretrained: What to start from: ``cifar10``, the weights that come along; a model file of ours, a folder with
-            ``config.json``, or a timm name; none for random weights. The architecture is read from it.
+        pretrained: What to start from: ``cifar10``, the weights that come along; a model file of ours, a folder of timm
+            or transformers with ``config.json``, a timm name, or ``hf-hub:OWNER/NAME``; none for random weights. The
+            architecture is read from it.
         freeze: Train the head alone (a linear probe).
         layer_decay: Factor of the learning rate from one block to the one before it, in (0, 1]; 0.65 to 0.9 is usual
             for fine-tuning.
@@ -178,9 +179,9 @@ class ViTClassifier(LightningModule):
             self.vit, self.adapted = start_from(self.pretrained, **facts, mean=theirs.mean, std=theirs.std)
             self.preprocess = replace(self.preprocess, mean=theirs.mean, std=theirs.std)
             self.temperature.fill_(about.temperature)
-        cut = (theirs.crop, theirs.interpolation) != (self.preprocess.crop, self.preprocess.interpolation)
-        if cut and rank_zero_only.rank == 0:
-            cut = f"the middle {theirs.crop:.1%}, {theirs.interpolation}"  # the images are decoded already
+        cut = replace(self.preprocess, crop=theirs.crop, interpolation=theirs.interpolation, squash=theirs.squash)
+        if cut != self.preprocess and rank_zero_only.rank == 0:  # the images are decoded already
+            cut = f"the middle {theirs.crop:.1%}{', squashed' * theirs.squash}, {theirs.interpolation}"
             print(
                 f"{self.pretrained}: predict.py sees of an image {cut}; here it is all of it, bicubic", file=sys.stderr
             )

@@ -135,7 +135,7 @@ def export_timm(model: VisionTransformer, about: Checkpoint, folder: str | Path)
             "mean": preprocess.mean,
             "std": preprocess.std,
             "crop_pct": preprocess.crop,
-            "crop_mode": "center",
+            "crop_mode": "squash" if preprocess.squash else "center",
         },
     )
     return Path(folder)

@@ -56,6 +56,7 @@ def facts(model: VisionTransformer, about: Checkpoint) -> dict[str, dict[str, An
             "std": ", ".join(f"{value:.4g}" for value in preprocess.std),
             "interpolation": preprocess.interpolation,
             "crop": preprocess.crop,
+            **({"squash": "height and width apart"} if preprocess.squash else {}),
             **({} if preprocess.white is None else {"white": preprocess.white}),
             "temperature": f"{about.temperature:.4g}",
         },

@@ -185,13 +185,13 @@ class Predictor:
     def from_checkpoint(
         cls, path: str | Path | None = None, *, device: str = "auto", precision: Precision = "float32"
     ) -> "Predictor":
-        """A predictor from one file, or from a pretrained model of timm's.
+        """A predictor from one file, or from a model of timm's or transformers'.
 
         Args:
             path: ``model.safetensors`` or a Lightning ``.ckpt``; the name of a model of timm's, such as
-                ``vit_small_patch16_224.augreg_in21k_ft_in1k``, which timm downloads, or its folder with ``config.json``
-                beside the weights (``vit.pretrained.load_pretrained`` lists all); none for the CIFAR-10 weights that
-                come with the code.
+                ``vit_small_patch16_224.augreg_in21k_ft_in1k``, which timm downloads; a folder of timm's or
+                transformers' with ``config.json`` beside the weights, or ``hf-hub:OWNER/NAME``
+                (``vit.pretrained.load_pretrained`` lists all); none for the CIFAR-10 weights that come with the code.
             device: As for the class.
             precision: As for the class.
 
@@ -204,7 +204,7 @@ class Predictor:
         if path is None and not SHIPPED.is_file():
             raise CheckpointError(f"{SHIPPED}: the weights that come with the code are missing; name a checkpoint")
         path = path or SHIPPED
-        if of_timm(path):
+        if of_others(path):
             from vit.pretrained import load_pretrained  # which takes seconds to import
 
             model, about = load_pretrained(path)
@@ -683,8 +683,8 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"no device {name!r}; {DEVICES}") from error
 
 
-def of_timm(path: str | Path) -> bool:
-    """Whether this is a folder as timm keeps it or may be a name of timm's, and not a file of ours."""
+def of_others(path: str | Path) -> bool:
+    """Whether this is a folder as timm and transformers keep it, or may be a name of theirs, and not a file of ours."""
     given = Path(path)
     if os.path.isdir(given):  # not by Path, which raises where one may not look
         return (given / "config.json").is_file()

@@ -299,6 +299,7 @@ class Preprocess:
         interpolation: Resampling filter by Pillow's name: bicubic, bilinear, lanczos, nearest, box, hamming.
         crop: Share of the image's shorter side that is kept, in [SMALLEST_CROP, 1].
         white: Value that is white in grey images of more than 8 bits, as 4095 of a 12-bit camera; none for 65535.
+        squash: Whether height and width are scaled apart, so that all of a long image is seen, and not its middle.
 
     Raises:
         ValueError: If a number is out of its range, or there is no such filter.
@@ -310,6 +311,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     crop: float = 1.0
     white: float | None = None
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if len(self.image_size) != 2 or not all(isinstance(side, int) and side >= 1 for side in self.image_size):
@@ -335,8 +337,11 @@ class Preprocess:
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The centred part (left, top, right, bottom) of an image that the model sees, in the image's pixels."""
-        scale = min(height / self.image_size[0], width / self.image_size[1]) * self.crop
-        w, h = min(scale * self.image_size[1], width), min(scale * self.image_size[0], height)  # min: rounding
+        if self.squash:
+            w, h = width * self.crop, height * self.crop
+        else:
+            scale = min(height / self.image_size[0], width / self.image_size[1]) * self.crop
+            w, h = min(scale * self.image_size[1], width), min(scale * self.image_size[0], height)  # min: rounding
         left, top = (width - w) / 2, (height - h) / 2
         return left, top, left + w, top + h
 

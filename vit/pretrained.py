@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
+from vit.huggingface import from_transformers, in_folder, on_hub
 from vit.model import VisionTransformer
 from vit.preprocess import Preprocess
 from vit.records import distinct
@@ -61,10 +63,10 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     A backbone without a classifier has no class names, and a head of one zero output.
 
     Args:
-        source: A file of ours (``model.safetensors``, ``.ckpt``); a folder as timm and the Hugging Face hub keep
+        source: A file of ours (``model.safetensors``, ``.ckpt``); a folder as timm and transformers keep
             (``config.json`` beside the weights); a timm name such as ``vit_small_patch16_224.augreg_in21k``, downloaded
-            by timm; ``hf-hub:OWNER/NAME``; ``TIMM_NAME=FILE`` for a file of plain weights; or ``cifar10``, the weights
-            that come along.
+            by timm; ``hf-hub:OWNER/NAME``, such a folder on the Hugging Face hub; ``TIMM_NAME=FILE`` for a file of
+            plain weights; or ``cifar10``, the weights that come along.
 
     Raises:
         CheckpointError: If there is no such thing, it cannot be read, or ours cannot compute what it computes.
@@ -76,6 +78,8 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     if os.path.isdir(source):  # not by Path, which raises where one may not look
         if not Path(source, "config.json").is_file():
             raise CheckpointError(f"{source}: a folder without a config.json; name the file in it")
+        if found := from_transformers(text, partial(in_folder, text)):
+            return found
         model, about = _read(text, lambda **more: timm.create_model(f"local-dir:{text}", **more))
         return model, _with_our_part(about, Path(source, "config.json"))
     if os.path.isfile(source):
@@ -93,6 +97,8 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
         if not os.path.isfile(file):
             raise CheckpointError(f"{file}: no such weights file")
         return _read(text, lambda **more: timm.create_model(name, **more), file=file)
+    if text.startswith(REMOTE[:2]) and (found := from_transformers(text, partial(on_hub, text.partition(":")[2]))):
+        return found
     if text.startswith(REMOTE) or timm.is_model(_architecture_name(text)):
         return _read(text, lambda **more: timm.create_model(text, **more))
     raise CheckpointError(f"{source}: neither a file or folder nor the name of a timm model; timm.list_models('vit*')")
@@ -129,8 +135,7 @@ def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tupl
         raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # no network, no such tag, a damaged file: each library has its own
         if isinstance(error, KeyError) and error.args == ("architecture",):
-            hint = "timm has most of transformers' models under names of its own"
-            raise CheckpointError(f"{source}: its config.json is not timm's, perhaps transformers'; {hint}") from error
+            raise CheckpointError(f"{source}: its config.json is neither timm's nor transformers'") from error
         raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
 
 
@@ -157,8 +162,9 @@ def _filtered(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     """As timm, but the pooling that SigLIP's files bring is left out here: timm ignores whatever is there or missing.
 
     DeiT's layer scale has another name in its files. Those of DINOv3 have biases that are zero, which timm's names
-    without ``qkvb`` have no place for.
+    without ``qkvb`` have no place for. Names have a prefix where transformers has trained a model of timm's.
     """
+    weights = {name.removeprefix("timm_model."): tensor for name, tensor in weights.items()}
     if isinstance(model, timm_eva.Eva):
         if "storage_tokens" in weights and getattr(model.blocks[0].attn, "q_bias", None) is None:
             for name in [name for name in weights if name.endswith("attn.qkv.bias")]:
@@ -313,7 +319,7 @@ def _foreign_parts(model: Any, block: Any) -> Any:
 
 
 def preprocess_of(theirs: nn.Module, image_size: tuple[int, int]) -> Preprocess:
-    """The eval-time transform of a timm model, as near as ours comes: always the centre, never squashed."""
+    """The eval-time transform of a timm model, as near as ours comes: always the centre."""
     config = resolve_data_config({}, model=theirs)
     side = min(image_size)  # which timm cuts out of an image of whole pixels: 224 of 248 for 0.9
     filters = {name.lower() for name in Image.Resampling.__members__}
@@ -323,6 +329,7 @@ def preprocess_of(theirs: nn.Module, image_size: tuple[int, int]) -> Preprocess:
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] in filters else "bicubic",
         crop=min(1.0, side / math.floor(side / config["crop_pct"])),
+        squash=config["crop_mode"] == "squash",
     )
 
 
