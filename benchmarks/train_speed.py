@@ -48,10 +48,10 @@ from benchmarks.record import record
 from data.datamodule import Batch, ImageDataModule
 from vit.classifier import ViTClassifier, compiler_fault
 from vit.cli import TrainCLI
+from vit.device import has_bfloat16
 from vit.info import flops
 from vit.memory import keep_freed_memory
 from vit.optim import build_optimizer
-from vit.predictor import has_bfloat16
 
 WARMUP, STEPS = 4, 16  # steps of each turn
 GPU_WARMUP, GPU_STEPS = 20, 100

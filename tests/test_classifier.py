@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from data.datamodule import Batch, ImageDataModule
 from vit.calibration import Temperature
 from vit.checkpoint import load_checkpoint
-from vit.classifier import BalancedAccuracy, ViTClassifier, compiled, compiler_fault, device_name
+from vit.classifier import BalancedAccuracy, ViTClassifier, compiled, compiler_fault
 
 CLASSES = tuple("abcdefg")
 pytestmark = [
@@ -512,9 +512,3 @@ def test_all_blocks_of_a_model_that_is_shared_out_are_compiled(tmp_path, monkeyp
         torch.distributed.destroy_process_group()
         torch.compiler.reset()
     assert min(counts) >= 10  # torch stops at 8, unless told (which timm.optim does as it is imported)
-
-
-@pytest.mark.parametrize(("threads", "words"), [(1, ", 1 thread"), (2, ", 2 threads")])
-def test_device_is_named(threads, words, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert device_name(torch.device("cpu")).endswith(words)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from vit.calibration import Temperature
 from vit.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
+from vit.device import device_name
 from vit.model import VisionTransformer, pair
 from vit.optim import build_optimizer, learning_rate
 from vit.preprocess import Preprocess
@@ -575,11 +575,3 @@ def number(state: dict[str, Any], groups: Sequence[Sequence[int]], *, done: bool
         state["state"] = {places[place]: value for place, value in state["state"].items()}
     for group, numbers in zip(state.get("param_groups", ()), groups, strict=False):
         group["params"] = list(numbers)
-
-
-def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's kind and the number of threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type} {platform.machine()}, {threads} thread{'s' * (threads != 1)}"

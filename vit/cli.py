@@ -25,11 +25,11 @@ from rich.console import Console
 from vit.checkpoint import load_checkpoint
 from vit.classifier import MOST_TABLED
 from vit.config import configs_first, mentioned, refuse_derived
+from vit.device import has_bfloat16
 from vit.folder import RESULTS, check_writable, locked, of_another, put_aside, put_back, refuse_foreign
 from vit.guard import Guard
 from vit.history import History
 from vit.model import VisionTransformer
-from vit.predictor import has_bfloat16
 from vit.pretrained import load_pretrained
 from vit.progress import TrainingProgress, class_table, measured
 from vit.saving import Best, CheckpointFile, keeper_of

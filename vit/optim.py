@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import AdamW, Optimizer
 
-from vit.predictor import has_bfloat16
+from vit.device import has_bfloat16
 
 TOKENS = ("pos_embed", "cls_token", "reg_token")
 

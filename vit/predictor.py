@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
+from vit.device import DEVICES, device_of, has_bfloat16
 from vit.faithfulness import area, deletion_curve
 from vit.inputs import Unreadable
 from vit.model import VisionTransformer
@@ -36,7 +37,6 @@ Precision = Literal["auto", "float32", "bfloat16"]
 T = TypeVar("T")
 
 BATCH_SIZE = {"cpu": 64, "cuda": 256}
-DEVICES = "use auto, cpu, cuda or cuda:NUMBER"
 AHEAD = 2  # batches that are decoded while one is computed
 # Where bfloat16 leaves the first two classes closer than this, in logits or in standard deviations of the logits
 # if those are larger, float32 decides. The largest lead that it turned round in 10,000 CIFAR-10 images was 0.063.
@@ -161,7 +161,7 @@ class Predictor:
         _survive_fork()
         if precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
-        self.device = _device(device)
+        self.device = device_of(device)
         try:
             torch.zeros(1, device=self.device).tolist()  # "meta" takes models, but gives no number back
             self.model = model.to(self.device).eval()
@@ -673,29 +673,9 @@ def _named(source: object, error: ImageError) -> ImageError:
     return ImageError(f"{os.fspath(source)}: {error}" if isinstance(source, str | os.PathLike) else str(error))
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True)
-        return device if device and device.type != "mps" else torch.device("cpu")  # a Mac's: never tried here
-    try:
-        return torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"no device {name!r}; {DEVICES}") from error
-
-
 def of_others(path: str | Path) -> bool:
     """Whether this is a folder as timm and transformers keep it, or may be a name of theirs, and not a file of ours."""
     given = Path(path)
     if os.path.isdir(given):  # not by Path, which raises where one may not look
         return (given / "config.json").is_file()
     return not os.path.isfile(given) and ("=" in given.name or given.suffix not in (".safetensors", ".ckpt"))
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, and so faster than float32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):  # or the first one would be asked
-        return torch.cuda.is_bf16_supported(including_emulation=False)
