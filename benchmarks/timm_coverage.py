@@ -133,7 +133,7 @@ def page(rows: list[dict[str, Any]], refused: dict[str, list[str]]) -> str:
         "*Logits* is the largest difference from timm's; *map* the largest difference of the rollout map (which sums",
         "to 1) from a float64 product of full attention matrices made from timm's own modules. *Tokens* include class",
         "token and registers.",
-        "Preprocessing is taken over but for one thing: ours cuts out the centre where a few names squash the image.",
+        "Preprocessing is taken over.",
         "",
         f"Largest of all: logits {max(r['logits'] for r in rows):.1e}, map {max(r['map'] for r in rows):.1e}.",
         "",

@@ -250,14 +250,14 @@ def test_a_path_that_is_no_text_is_not_called_damage(tmp_path, path):
 
 
 def test_of_a_folder_it_says_what_to_give(tmp_path, path):
-    assert refusal(tmp_path) == f"a folder, not a checkpoint file; give {path}"
+    assert refusal(tmp_path) == f"a folder without a config.json, not a checkpoint file; give {path}"
     path.rename(tmp_path / "last.ckpt")
     assert refusal(tmp_path).endswith(f"; give {tmp_path / 'last.ckpt'}")
     (tmp_path / "best.ckpt").touch()
     assert refusal(tmp_path).endswith(f"; give {tmp_path / 'best.ckpt'}")
     (tmp_path / "best.ckpt").unlink()
     (tmp_path / "last.ckpt").unlink()
-    assert refusal(tmp_path) == "a folder, not a checkpoint file"
+    assert refusal(tmp_path) == "a folder without a config.json, not a checkpoint file; give the file in it"
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "weights.pth", "model"])

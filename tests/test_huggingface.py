@@ -1,7 +1,10 @@
 """Models of transformers: logits, maps and preprocessing are those of the library itself, and the rest is refused."""
 
+import csv
 import json
+import re
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train
+import vit.model
 from vit import Predictor
 from vit.checkpoint import CheckpointError
-from vit.huggingface import preprocess_of
+from vit.huggingface import ACTIVATIONS
 from vit.pretrained import load_pretrained, start_from
 from vit.rollout import attention_map
 
@@ -22,6 +27,7 @@ transformers: Any = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 PATCHES = {"image_size": 32, "patch_size": 8}
 LABELS = {"id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}}
+CLASSES = tuple(LABELS["id2label"].values())
 CONFIGS = {  # of models: class, what its config is made of
     "vit": ("ViT", {}),
     "vit, wide images, without biases": ("ViT", {"image_size": [16, 40], "qkv_bias": False, "hidden_act": "gelu_new"}),
@@ -97,48 +103,138 @@ def test_a_backbone_gives_its_features(tmp_path):
     torch.testing.assert_close(ours(images, pre_logits=True), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (90, 50), (40, 131)])
-@pytest.mark.parametrize("resample", [2, 3])
-def test_a_photograph_is_classified_as_by_its_pipeline(size, resample, tmp_path):
-    """From the file to the scores; all of a long image is seen, as there."""
-    path = folder(
-        tmp_path / "model", example(), resample=resample, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]
-    )
+def picture(path: Path, size: tuple[int, int]) -> Path:
+    """A smooth image, so that Pillow and torchvision, which round apart when they resize, give nearly the same."""
     waves = np.sin(np.linspace(0, 9, size[0]))[None, :, None] * np.cos(np.linspace(0, 7, size[1]))[:, None, None]
-    Image.fromarray((127 + 120 * waves * [1, 0.5, -0.7]).astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray((127 + 120 * waves * [1, 0.5, -0.7]).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("size", [(32, 32), (90, 50), (40, 131)])
+def test_a_photograph_is_classified_as_by_its_pipeline(size, tmp_path):
+    """From the file to the scores; all of a long image is seen, as there."""
+    path, file = folder(tmp_path / "model", example()), picture(tmp_path / "a.png", size)
     pipeline = transformers.pipeline("image-classification", str(path), device="cpu")
-    expected = {answer["label"]: answer["score"] for answer in pipeline(str(tmp_path / "a.png"))}
+    expected = {answer["label"]: answer["score"] for answer in pipeline(str(file))}
     predictor = Predictor.from_checkpoint(path, device="cpu")
-    found = predictor.predict(tmp_path / "a.png").scores
-    assert found == pytest.approx(expected, abs=0.01)  # Pillow and torchvision round apart when they resize
-    explanation = predictor.explain(tmp_path / "a.png")
-    assert explanation.map.shape == size[::-1]
-    assert predictor.predict(tmp_path / "a.png").label == max(expected, key=lambda label: expected[label])
+    assert predictor.predict(file).scores == pytest.approx(expected, abs=0.01)
+    assert predictor.predict(file).label == max(expected, key=lambda label: expected[label])
+    assert predictor.explain(file).map.shape == size[::-1]
 
 
-def test_a_timm_model_that_transformers_trained(tmp_path):
-    cfg = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0, "crop_mode": "squash", "input_size": [3, 32, 32]}
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 2}
+SQUARE, EDGE, CUT = {"height": 40, "width": 40}, {"shortest_edge": 40}, {"crop_size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize("size", [(90, 50), (50, 50)])
+@pytest.mark.parametrize(
+    ("kind", "options", "changed"),
+    [
+        ("ViT", {"size": {"height": 32, "width": 32}, "resample": 3}, {}),
+        ("ViT", {"size": {"height": 32, "width": 32}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, {}),
+        ("ViT", {"size": {"height": 32, "width": 32}, "do_normalize": False}, {"size": 32}),
+        ("Siglip", {"size": {"height": 32, "width": 32}}, {}),
+        ("DeiT", {"size": SQUARE, **CUT}, {}),
+        ("DeiT", {"size": SQUARE, **CUT}, {"size": 40, "do_center_crop": ...}),  # as it does where nothing is said
+        ("CLIP", {"size": EDGE, **CUT}, {}),
+        ("CLIP", {"size": EDGE, **CUT}, {"size": 40, "crop_size": 32}),  # as version 4 wrote it
+        ("Bit", {"size": EDGE, **CUT}, {}),
+    ],
+)
+def test_pixels_are_those_of_its_processor(kind, options, changed, size, tmp_path):
+    path, file = folder(tmp_path / "model", example()), picture(tmp_path / "a.png", size)
+    getattr(transformers, f"{kind}ImageProcessor")(**options).save_pretrained(path)
+    change(path / "preprocessor_config.json", **changed)
+    theirs = transformers.AutoImageProcessor.from_pretrained(path)(Image.open(file), return_tensors="pt").pixel_values
+    preprocess = load_pretrained(path)[1].preprocess
+    found = preprocess.normalize(preprocess.load(file)[None])
+    levels = (found - theirs).abs() * 255 * torch.tensor(preprocess.std).view(3, 1, 1)
+    assert levels.mean() < 1  # of 255
+    assert levels.max() < 8  # where centres are cut out, transformers goes by whole pixels
+
+
+def wrapper(path: Path, **more: Any) -> Any:
+    """A model of timm's that transformers saves."""
+    cfg = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0, "crop_mode": "squash", "input_size": [3, 160, 160]}
     names = {"classifier": "head", "first_conv": "patch_embed.proj"}
-    config = transformers.TimmWrapperConfig(
-        architecture="vit_tiny_patch16_224", model_args=sizes, pretrained_cfg=cfg | names, **LABELS
-    )
-    theirs = transformers.TimmWrapperForImageClassification(config).eval()
-    theirs.save_pretrained(tmp_path)
+    given = {"architecture": "test_vit", "pretrained_cfg": cfg | names, **LABELS, **more}
+    config = transformers.TimmWrapperConfig(**given)
+    model = transformers.TimmWrapperForImageClassification(config).eval()
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("more", [{}, {"model_args": {"img_size": 32, "patch_size": 8}}])
+def test_a_timm_model_that_transformers_trained(more, tmp_path):
+    theirs = wrapper(tmp_path, **more)
     ours, about = load_pretrained(tmp_path)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, *ours.image_size)
     torch.testing.assert_close(ours(images), theirs(images).logits, rtol=0, atol=1e-5)
     assert about.class_names == ("cat", "dog", "owl")
     assert (about.preprocess.std, about.preprocess.squash) == ((0.25,) * 3, True)
 
 
-def test_old_weights_are_pickles(tmp_path):
-    theirs = folder(tmp_path, example())
-    expected = load_pretrained(theirs)[0].state_dict()
-    torch.save(load_file(theirs / "model.safetensors"), theirs / "pytorch_model.bin")
-    (theirs / "model.safetensors").unlink()
-    found = load_pretrained(theirs)[0].state_dict()
+def test_refuses_a_timm_model_in_one_line(tmp_path):
+    wrapper(tmp_path, problem_type="multi_label_classification")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: not supported, its problem_type is multi_label"):
+        load_pretrained(tmp_path)
+    wrapper(tmp_path, id2label={0: "yes"}, label2id={"yes": 0})
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: not supported, it has one class"):
+        load_pretrained(tmp_path)
+    wrapper(tmp_path, architecture="test_resnet")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: not supported, it has timm's class ResNet"):
+        load_pretrained(tmp_path)
+
+
+def pickled(model: Any, path: Path) -> None:
+    """By the names that the model itself has for its weights in version 5."""
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+
+
+def old_pickled(model: Any, path: Path) -> None:
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+
+
+def in_parts(model: Any, path: Path) -> None:
+    model.save_pretrained(path, max_shard_size="20KB")
+    assert (path / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("written", [pickled, old_pickled, in_parts])
+def test_weights_in_other_files(written, name, tmp_path):
+    model = example(name)
+    path = folder(tmp_path, model)
+    expected = load_pretrained(path)[0].state_dict()
+    written(model, path)
+    (path / "model.safetensors").unlink(missing_ok=True)
+    found = load_pretrained(path)[0].state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_their_names(name):
+    x = torch.linspace(-5, 5, 1001)
+    expected = transformers.activations.ACT2FN[name](x)
+    torch.testing.assert_close(vit.model.ACTIVATIONS[ACTIVATIONS[name]]()(x), expected, rtol=0, atol=1e-6)
+
+
+def test_of_two_processors_that_of_the_newer_file_counts(tmp_path):
+    path = folder(tmp_path, example())
+    whole = json.loads((path / "preprocessor_config.json").read_text())
+    newer = {"processor_class": "SiglipProcessor", "image_processor": whole | {"image_mean": [0.1, 0.2, 0.3]}}
+    (path / "processor_config.json").write_text(json.dumps(newer))
+    assert load_pretrained(path)[1].preprocess.mean == (0.1, 0.2, 0.3)
+    change(path / "processor_config.json", image_processor=None)  # as version 4 wrote it
+    assert load_pretrained(path)[1].preprocess.mean == (0.5, 0.5, 0.5)
+
+
+def test_an_mlp_may_have_any_width(tmp_path):
+    CONFIGS["odd"] = ("ViT", {"hidden_size": 28, "intermediate_size": 61})
+    theirs = example("odd")
+    del CONFIGS["odd"]
+    images = torch.randn(1, 3, 32, 32)
+    ours = load_pretrained(folder(tmp_path, theirs))[0]
+    torch.testing.assert_close(ours(images), theirs(images).logits, rtol=0, atol=1e-5)
 
 
 def test_training_starts_from_it(tmp_path):
@@ -146,40 +242,48 @@ def test_training_starts_from_it(tmp_path):
     model, notes = start_from(path, image_size=48, class_names=("cat", "owl"), mean=(0.5,) * 3, std=(0.5,) * 3)
     assert model.image_size == (48, 48)
     assert any("head replaced: 3 classes before, 2 now" in note for note in notes)
+    assert "long images were squashed before, and their middle is cut out now" in notes
 
 
-@pytest.mark.parametrize(
-    ("processor", "crop", "squash"),
-    [
-        ({}, 1, True),
-        ({"size": 224}, 1, True),
-        ({"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224}, 7 / 8, True),
-        (
-            {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
-            7 / 8,
-            False,
-        ),
-        ({"size": {"shortest_edge": 224}}, 1, False),
-    ],
-)
-def test_preprocessing(processor, crop, squash):
-    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
-    found = preprocess_of(statistics | processor, (224, 224))
-    assert (found.crop, found.squash, found.interpolation) == (crop, squash, "bicubic")
-    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    plain = preprocess_of(statistics | processor | {"do_normalize": False}, (224, 224))
-    assert (plain.mean, plain.std) == ((0, 0, 0), (1, 1, 1))
+def test_images_are_measured_at_its_size(tmp_path):
+    """train.py validate names them as predict.py does, whatever size they have themselves."""
+    model = example()
+    with torch.no_grad():
+        model.classifier.bias -= model(0.3 * torch.randn(64, 3, 32, 32)).logits.mean(0)  # or it names one class alone
+    path = folder(tmp_path / "model", model, resample=3)
+    for i in range(30):
+        file = tmp_path / "images" / LABELS["id2label"][i % 3] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)).save(file)
+    data = [f"--data.dataset={tmp_path / 'images'}", "--data.val_fraction=1", "--trainer.accelerator=cpu"]
+    root = [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.enable_progress_bar=false"]
+    assert train.main(["validate", *data, f"--model.pretrained={path}", *root]) == 0
+    with open(tmp_path / "run" / "validate" / "confusion.csv", newline="") as file:
+        found = {row["of the class"]: [int(row[f"named {name}"]) for name in CLASSES] for row in csv.DictReader(file)}
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    answers = Predictor.from_checkpoint(path, device="cpu").predict_iter(files)
+    named = Counter((file.parent.name, answer.label) for file, answer in zip(files, answers, strict=True))
+    assert found == {of: [named[of, name] for name in CLASSES] for of in CLASSES}
+    assert len({name for _, name in named}) > 1
 
 
 def change(path: Path, **entries: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    """Entries of a JSON file; those that become ... are taken out."""
+    found = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({name: value for name, value in found.items() if value is not ...}))
 
 
 @pytest.mark.parametrize(
     ("file", "entries", "message"),
     [
         ("config.json", {"architectures": ["BeitForImageClassification"]}, "it is transformers' BeitForImageClass"),
-        ("config.json", {"architectures": []}, "it is transformers' vit; read are ViTForImageClassification, "),
+        ("config.json", {"architectures": [], "model_type": "dinov2"}, "it is transformers' dinov2; read are ViTForIm"),
+        ("config.json", {"id2label": {"0": "yes"}}, "not supported, it has one class"),
+        (
+            "config.json",
+            {"id2label": {"0": "cat", "2": "dog", "5": "owl"}},
+            "numbers 3 classes [0, 2, 5], not from 0 on",
+        ),
         (
             "config.json",
             {"problem_type": "multi_label_classification"},
@@ -197,6 +301,31 @@ def change(path: Path, **entries: Any) -> None:
         ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, "its preprocessing does not divide pixels by 255"),
         ("preprocessor_config.json", {"do_rescale": False}, "its preprocessing does not divide pixels by 255"),
         ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "std above 0"),
+        ("preprocessor_config.json", {"image_std": None}, "says nothing of image_std"),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "LevitImageProcessor"},
+            "through LevitImageProcessor; read",
+        ),
+        (
+            "preprocessor_config.json",
+            {"do_flip_channel_order": True},
+            "its images go through do_flip_channel_order True",
+        ),
+        (
+            "preprocessor_config.json",
+            {"do_resize": False},
+            "takes images of (32, 32) and its preprocessing has {'do_resize'",
+        ),
+        ("preprocessor_config.json", {"size": {"longest_edge": 32}}, "its preprocessing has "),
+        ("preprocessor_config.json", {"size": {"height": 24, "width": 24}}, "its preprocessing has "),
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 40, "width": 80}, "do_center_crop": True},
+            "its preprocessing has ",
+        ),
+        ("preprocessor_config.json", {"size": 24, "do_center_crop": True, "crop_size": 32}, "its preprocessing has "),
+        ("preprocessor_config.json", {"size": 32, "do_center_crop": True, "crop_size": 24}, "its preprocessing has "),
     ],
 )
 def test_refuses_in_one_line(file, entries, message, tmp_path):
@@ -207,6 +336,27 @@ def test_refuses_in_one_line(file, entries, message, tmp_path):
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_is_not_named_follows_from_the_type(tmp_path):
+    path = folder(tmp_path, example())
+    expected = load_pretrained(path)[1]
+    change(path / "config.json", architectures=None)
+    assert load_pretrained(path)[1] == expected
+
+
+def test_says_what_to_give_instead(tmp_path):
+    output, path = tmp_path / "output", folder(tmp_path / "output" / "checkpoint-20", example())
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    for given, words in (
+        (path / "model.safetensors", f"written by another program?; give {path}"),
+        (output, f"a folder without a config.json, not a checkpoint file; give {path}"),
+        (adapter, "a folder of an adapter alone (PEFT); merge_and_unload() it into its model"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(words)):
+            Predictor.from_checkpoint(given)
 
 
 def test_says_what_is_missing_or_damaged(tmp_path):

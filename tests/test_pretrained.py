@@ -328,7 +328,7 @@ def test_refuses_a_folder_without_description(tmp_path):
 
 
 def test_a_folder_of_neither_is_told_apart(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "another"}')
+    (tmp_path / "config.json").write_text('{"kind": "another"}')
     save_file({"embeddings.cls_token": torch.zeros(1, 1, 8)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"its config\.json is neither timm's nor transformers'$"):
         load_pretrained(tmp_path)

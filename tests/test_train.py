@@ -922,12 +922,12 @@ def test_weights_are_measured_with_their_own_preprocessing(tmp_path, capfd):
     (of_file,) = table(other / "test")
     assert of_file == pytest.approx({**of_run, "epoch": of_file["epoch"], "step": of_file["step"]}, rel=1e-5)
     assert of_file["test/ece_calibrated"] != of_file["test/ece"]
-    assert "predict.py sees" not in capfd.readouterr().err
+    assert "predict.py cuts" not in capfd.readouterr().err
     cut = replace(about, preprocess=replace(about.preprocess, crop=0.875, interpolation="bilinear"))
     path = save_checkpoint(tmp_path / "cut.safetensors", model.state_dict(), cut)
     assert run("test", other, *data, dark_ones, f"--model.pretrained={path}") == 0
-    words = f"{path}: predict.py sees of an image the middle 87.5%, bilinear; here it is all of it, bicubic"
-    assert words in capfd.readouterr().err
+    words = "crop 0.875, squash False, interpolation bilinear; here it is crop 1.0, squash False, interpolation bicubic"
+    assert f"{path}: predict.py cuts images by {words}" in capfd.readouterr().err
 
 
 def test_options_are_not_abbreviated(capsys):

@@ -124,7 +124,7 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     path = Path(path)
     try:
         if path.is_dir():
-            raise CheckpointError(_of_folder(path))
+            raise CheckpointError(of_folder(path))
         if not path.is_file():
             raise CheckpointError("no such checkpoint file")
         weights, about = _read_ckpt(path) if path.suffix == ".ckpt" else _read_safetensors(path)
@@ -138,13 +138,17 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, Checkpoint]:
     return model, about
 
 
-def _of_folder(folder: Path) -> str:
+def of_folder(folder: Path) -> str:
     """What to give instead of it."""
     if (folder / "config.json").is_file():  # beside it lies a model.safetensors of theirs
         return "a folder of timm or transformers, not a checkpoint file; predict.py and --model.pretrained read it"
-    files = (folder / name for name in ("model.safetensors", "best.ckpt", "last.ckpt"))
-    found = next((file for file in files if file.is_file()), None)
-    return "a folder, not a checkpoint file" + (f"; give {found}" if found else "")
+    if (folder / "adapter_config.json").is_file():
+        return "a folder of an adapter alone (PEFT); merge_and_unload() it into its model and save_pretrained that"
+    files = [folder / name for name in ("model.safetensors", "best.ckpt", "last.ckpt")]
+    saved = [path for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]  # by transformers
+    files += sorted(saved, key=lambda path: path.stat().st_mtime)[-1:]
+    found = next((file for file in files if file.exists()), None)
+    return f"a folder without a config.json, not a checkpoint file; give {found or 'the file in it'}"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
@@ -152,7 +156,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
-                raise CheckpointError(f"safetensors without a {KEY!r} description; written by another program?")
+                hint = f"; give {path.parent}" if (path.parent / "config.json").is_file() else ""
+                raise CheckpointError(f"safetensors without a {KEY!r} description; written by another program?{hint}")
             about = _description(json.loads(metadata[KEY]))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
     except SafetensorError as error:

@@ -179,12 +179,11 @@ class ViTClassifier(LightningModule):
             self.vit, self.adapted = start_from(self.pretrained, **facts, mean=theirs.mean, std=theirs.std)
             self.preprocess = replace(self.preprocess, mean=theirs.mean, std=theirs.std)
             self.temperature.fill_(about.temperature)
-        cut = replace(self.preprocess, crop=theirs.crop, interpolation=theirs.interpolation, squash=theirs.squash)
-        if cut != self.preprocess and rank_zero_only.rank == 0:  # the images are decoded already
-            cut = f"the middle {theirs.crop:.1%}{', squashed' * theirs.squash}, {theirs.interpolation}"
-            print(
-                f"{self.pretrained}: predict.py sees of an image {cut}; here it is all of it, bicubic", file=sys.stderr
-            )
+        names = ("crop", "squash", "interpolation")
+        before, now = ({name: getattr(each, name) for name in names} for each in (theirs, self.preprocess))
+        if before != now and rank_zero_only.rank == 0:  # the images are decoded already
+            words = [", ".join(f"{name} {value}" for name, value in each.items()) for each in (before, now)]
+            print(f"{self.pretrained}: predict.py cuts images by {words[0]}; here it is {words[1]}", file=sys.stderr)
         return self.preprocess
 
     def setup(self, stage: str) -> None:

@@ -90,6 +90,7 @@ def place(root: str | None) -> str:
 class TrainCLI(LightningCLI):
     """LightningCLI with what every run of this project has: facts linked, files in one folder, our progress bar."""
 
+    at_its_size = False  # whether images are brought to the size of the pretrained model, and not to their own
     going_on: str | Path | None = None  # the checkpoint of a fit that goes on
     aside: Path | None = None  # where the run is that was in the folder before this one
     first_step = 0  # optimiser steps that were done before this process
@@ -163,8 +164,7 @@ class TrainCLI(LightningCLI):
             leave_out(ARCHITECTURE - mentioned(args, "model"), config)
             alone = subcommand in ("validate", "test") and settings.get("ckpt_path") is None
             cut = settings["data"]["dataset"] not in ("digits", "cifar10", "cifar100")  # which have one size
-            if alone and cut and "image_size" not in mentioned(args, "data"):  # or it would be the images' own
-                settings["data"]["image_size"] = size_of(config["pretrained"])
+            self.at_its_size = alone and cut and "image_size" not in mentioned(args, "data")
         if settings["data"]["balance"] and "monitor" not in mentioned(args, "checkpoint"):
             settings["checkpoint"]["monitor"] = "val/balanced_acc"  # val/acc is hardly moved by small classes
 
@@ -371,6 +371,9 @@ class TrainCLI(LightningCLI):
         """Refuse what Lightning takes and our runs cannot do, and settle what follows from other settings."""
         config = self._get(self.config, "trainer")
         check_trainer(config)
+        if self.at_its_size:
+            _, about = load_pretrained(self._get(self.config, "model")["pretrained"])
+            self._get(self.config, "data")["image_size"] = list(about.preprocess.image_size)
         ends = config["max_epochs"] is not None or config["max_steps"] != -1 or config["max_time"]
         if self.subcommand == "fit" and not ends and not config["fast_dev_run"]:  # Lightning would do 1,000 epochs
             limits = "--trainer.max_epochs, max_steps or max_time"
@@ -456,13 +459,6 @@ def check_trainer(config: Any) -> None:
         raise ValueError(
             f"trainer.precision {precision}: the weights stay in float32; bf16-mixed or 16-mixed computes in less"
         )
-
-
-def size_of(pretrained: str) -> list[int] | None:
-    """Height and width of the images that a file of ours was trained for; none of others."""
-    if pretrained != "cifar10" and not os.path.isfile(pretrained):
-        return None
-    return list(load_pretrained(pretrained)[1].preprocess.image_size)
 
 
 def check_monitor(name: str, options: Any) -> None:

@@ -57,7 +57,7 @@ def to_timm(model: VisionTransformer) -> nn.Module:
         raise CheckpointError(f"timm's model with rope has no act {a['act']!r}: {otherwise}act gelu")
     if (a["rope"], a["norm_eps"]) not in TIMM_BASE:
         known = ", ".join(str(eps) for rope, eps in TIMM_BASE if rope == a["rope"])
-        raise CheckpointError(f"timm cannot be told norm_eps {a['norm_eps']}, only {known}")
+        raise CheckpointError(f"timm cannot be told norm_eps {a['norm_eps']}, only {known}: use --format onnx")
     same = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
     fc_norm = not isinstance(model.fc_norm, nn.Identity)
     if a["rope"]:

@@ -5,7 +5,9 @@ That is three files: ``config.json``, ``preprocessor_config.json`` and the weigh
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vit.checkpoint import Checkpoint, CheckpointError, build
-from vit.model import VisionTransformer
+from vit.model import VisionTransformer, mlp_ratio_of
 from vit.preprocess import Preprocess
 from vit.records import distinct
 
@@ -33,17 +35,29 @@ CLASSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is read: s
     "DeiTForImageClassification": (VIT, {"num_registers": 1, "prefix_positions": True}),  # the token of distillation
     "SiglipForImageClassification": (SIGLIP, {"pool": "mean", "norm_after_pool": False}),
 }
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+WRAPPER = "TimmWrapperForImageClassification"  # a model of timm's
+USUAL = {  # class by the model's type, for a config that names none
+    **{"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"},
+    **{"siglip": "SiglipForImageClassification", "timm_wrapper": WRAPPER},
+}
+TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")  # names of one formula
+ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "quick_gelu": "quick_gelu", **dict.fromkeys(TANH, "gelu_tanh")}
+# Processors of images: whether one number as size is that of the shorter side, and whether they cut out the middle.
+PROCESSORS = {
+    **{"ViT": (False, False), "Siglip": (False, False), "DeiT": (False, True)},
+    **{"CLIP": (True, True), "Bit": (True, True)},
+}
+FOREIGN = ("do_pad", "do_flip_channel_order", "rescale_offset", "crop_pct")  # what those do not, and so ours does not
 UNREAD = re.compile(r"(\w+\.)?(pooler|head|embeddings\.(mask_token|position_ids))\b")  # by what classifies
-NAMES = [  # of weights, and how ours are called
+NAMES = [  # of weights, in files and in transformers 5, and how ours are called
     (r"^(vit|deit|vision_model)\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.distillation_token$", "reg_token"),
     (r"^embeddings\.position_embedding(s|\.weight)$", "pos_embed"),
     (r"^embeddings\.patch_embedding(s\.projection)?\.", "patch_embed.proj."),
-    (r"^encoder\.layers?\.", "blocks."),
-    (r"\.(attention\.output\.dense|self_attn\.out_proj)\.", ".attn.proj."),
-    (r"\.(attention\.attention|self_attn)\.([qkv])\w*\.", r".attn.\2."),
+    (r"^(encoder\.)?layers?\.", "blocks."),
+    (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.(attention\.attention|attention|self_attn)\.([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
@@ -66,10 +80,10 @@ def on_hub(place: str, name: str) -> Path:
     return Path(hf_hub_download(repository, name, revision=revision or None))
 
 
-def from_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionTransformer, Checkpoint] | None:
-    """The model, in eval mode with float32 weights, and what is known about it; none if it is timm's.
+def from_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionTransformer, Checkpoint]:
+    """The model, in eval mode with float32 weights, and what is known about it; logits are those of transformers.
 
-    Logits are those of transformers. A backbone (``ViTModel``) has no class names, and a head of one zero output.
+    A backbone (``ViTModel``) has no class names, and a head of one zero output.
 
     Args:
         source: Its name, for messages.
@@ -78,111 +92,181 @@ def from_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionT
     Raises:
         CheckpointError: If it is of a class other than CLASSES, has what ours has not, or is damaged.
     """
-    try:
-        config = json.loads(find("config.json").read_text("utf-8"))
-        if "architecture" in config or "architectures" not in config:
-            return None
-        architecture = architecture_of(config)
-        backbone = "ForImageClassification" not in config["architectures"][0]
-        names = ("",) if backbone else labels_of(config)
-        try:
-            processor = json.loads(find("preprocessor_config.json").read_text("utf-8"))
-        except OSError as error:
-            hint = "transformers' image_processor.save_pretrained writes it"
-            raise CheckpointError(f"has no preprocessor_config.json, which says how images get in; {hint}") from error
+    with named(source):
+        config = config_of(find)
+        name = class_of(config)
+        c = {**CLASSES[name][0], **config.get("vision_config", config)}
+        architecture = architecture_of(c)
+        seen = preprocess_of(processor_of(find), _pair(c["image_size"]), c["num_channels"])
+        labels = labels_of(config) if name != "ViTModel" else ("",)
         about = Checkpoint(
-            architecture={**architecture, "num_classes": len(names)},
-            class_names=names,
-            preprocess=preprocess_of(processor, architecture["image_size"]),
+            architecture={**architecture, **CLASSES[name][1], "num_classes": len(labels)},
+            class_names=labels,
+            preprocess=replace(seen, image_size=architecture["image_size"]),
             training={"pretrained": source},
         )
         weights = by_our_names(weights_of(find))
-        if backbone:
-            width = architecture["embed_dim"]
-            weights |= {"head.weight": torch.zeros(1, width), "head.bias": torch.zeros(1)}
-        return build(about, weights), Checkpoint(**{**vars(about), "class_names": () if backbone else names})
+        if name == "ViTModel":
+            weights |= {"head.weight": torch.zeros(1, c["hidden_size"]), "head.bias": torch.zeros(1)}
+        return build(about, weights), about if name != "ViTModel" else replace(about, class_names=())
+
+
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """Errors in one line that begins with the model's name; what a damaged file can raise has no end."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    except Exception as error:  # what a damaged file, or one that is not there, can raise has no end
+    except Exception as error:
         raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
 
 
-def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of our model but for the number of classes.
+def there(find: Callable[[str], Path], name: str) -> Path | None:
+    """The path of a file, if it is there."""
+    try:
+        return find(name)
+    except OSError:
+        return None
+
+
+def read(find: Callable[[str], Path], name: str) -> dict[str, Any]:
+    """What a JSON file holds."""
+    return json.loads(find(name).read_text("utf-8"))
+
+
+def config_of(find: Callable[[str], Path]) -> dict[str, Any]:
+    """What ``config.json`` holds, without what it leaves open."""
+    return {name: value for name, value in read(find, "config.json").items() if value is not None}
+
+
+def class_of(config: dict[str, Any]) -> str:
+    """Whose ``config.json`` it is: a class of transformers, or an empty text for timm.
+
+    Raises:
+        CheckpointError: If it is of transformers and gives not one class of several.
+    """
+    if "model_type" not in config and "architectures" not in config:
+        return ""
+    kind = str(config.get("model_type", ""))
+    name: str = next(iter(config.get("architectures", ())), USUAL.get(kind, kind))
+    if (problem := config.get("problem_type")) not in (None, "single_label_classification"):
+        raise CheckpointError(f"not supported, its problem_type is {problem}; ours gives an image one label of several")
+    if name.endswith("ForImageClassification") and len(config.get("id2label") or config.get("label_names", "  ")) == 1:
+        raise CheckpointError("not supported, it has one class; ours gives an image one label of several")
+    if name not in (WRAPPER, *CLASSES):
+        others = "timm has most others under names of its own"
+        raise CheckpointError(f"not supported, it is transformers' {name}; read are {', '.join(CLASSES)}; {others}")
+    return name
+
+
+def architecture_of(c: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of our model: those that do not follow from the class.
 
     Args:
-        config: Of ``config.json``.
+        c: What the config says of the part that sees, with what goes without saying.
 
     Raises:
         CheckpointError: If ours cannot compute what that model computes; the message says why.
     """
-    name = next(iter(config["architectures"] or ()), config.get("model_type"))
-    if name not in CLASSES:
-        others = "timm has most others under names of its own"
-        raise CheckpointError(f"not supported, it is transformers' {name}; read are {', '.join(CLASSES)}; {others}")
-    if (kind := config.get("problem_type")) not in (None, "single_label_classification"):
-        raise CheckpointError(f"not supported, its problem_type is {kind}; ours gives an image one label")
-    usual, more = CLASSES[name]
-    c = {**usual, **config.get("vision_config", config)}
     if c["hidden_act"] not in ACTIVATIONS:
         raise CheckpointError(f"not supported, it has activation {c['hidden_act']}")
-    patch = _pair(c["patch_size"])
+    image_size, patch_size = _pair(c["image_size"]), _pair(c["patch_size"])
     return {
-        "image_size": tuple(side // p * p for side, p in zip(_pair(c["image_size"]), patch, strict=True)),
-        "patch_size": patch,
+        # Where patches do not fill an image, transformers leaves its last pixels out; here it is made smaller.
+        "image_size": tuple(side // patch * patch for side, patch in zip(image_size, patch_size, strict=True)),
+        "patch_size": patch_size,
         "in_chans": c["num_channels"],
         "embed_dim": c["hidden_size"],
         "depth": c["num_hidden_layers"],
         "num_heads": c["num_attention_heads"],
-        "mlp_ratio": c["intermediate_size"] / c["hidden_size"],
+        "mlp_ratio": mlp_ratio_of(c["intermediate_size"], c["hidden_size"]),
         "qkv_bias": c["qkv_bias"],
         "act": ACTIVATIONS[c["hidden_act"]],
         "norm_eps": c["layer_norm_eps"],
-        **more,
     }
 
 
 def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
     """Names of the classes in the order of the logits; numbered where the config has none."""
-    names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
-    return distinct([str(names[number]) for number in sorted(names, key=int)])
+    names = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+    names = {int(number): str(name) for number, name in names.items()}
+    if set(names) != set(range(len(names))):
+        raise CheckpointError(f"its id2label numbers {len(names)} classes {sorted(names)[:9]}, not from 0 on")
+    return distinct([names[number] for number in range(len(names))])
 
 
-def preprocess_of(processor: dict[str, Any], image_size: tuple[int, int]) -> Preprocess:
+def processor_of(find: Callable[[str], Path]) -> dict[str, Any]:
+    """What makes pixels of an image; where both files are there, transformers takes the first of these as well."""
+    if there(find, "processor_config.json") and (found := read(find, "processor_config.json").get("image_processor")):
+        return found
+    if not there(find, "preprocessor_config.json"):
+        hint = "transformers' image_processor.save_pretrained writes it"
+        raise CheckpointError(f"has no preprocessor_config.json, which says how images get in; {hint}")
+    return read(find, "preprocessor_config.json")
+
+
+def preprocess_of(processor: dict[str, Any], image_size: tuple[int, int], in_chans: int) -> Preprocess:
     """The eval-time transform that an image processor of transformers makes.
 
     Args:
-        processor: Of ``preprocessor_config.json``.
-        image_size: Height and width of the model's images, in pixels.
+        processor: Of ``processor_of``.
+        image_size: Height and width of the images that the model takes, in pixels.
+        in_chans: Channels of an image.
 
     Raises:
-        CheckpointError: If pixels do not become values in [0, 1] before they are normalised.
+        CheckpointError: If it does what ours does not, or makes other images than the model takes.
     """
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "ViTImageProcessor")
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+    if kind not in PROCESSORS:
+        raise CheckpointError(
+            f"not supported, its images go through {kind}ImageProcessor; read are {', '.join(PROCESSORS)}"
+        )
+    for name in FOREIGN:
+        if processor.get(name):
+            raise CheckpointError(f"not supported, its images go through {name} {processor[name]}")
     if not processor.get("do_rescale", True) or abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise CheckpointError("not supported, its preprocessing does not divide pixels by 255")
-    size, cut = processor.get("size", image_size), processor.get("do_center_crop")
-    shorter = size.get("shortest_edge") if isinstance(size, dict) else None
     normal = processor.get("do_normalize", True)
+    needed = ("size", "resample", *(("image_mean", "image_std") if normal else ()))
+    if missing := [name for name in needed if processor.get(name) is None]:
+        raise CheckpointError(f"its preprocessor_config.json says nothing of {', '.join(missing)}")
+
+    shorter, cuts = PROCESSORS[kind]
+    size, cut = processor["size"], image_size
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if shorter else {"height": size, "width": size}
+    squash = size.keys() == {"height", "width"}
+    if processor.get("do_center_crop", cuts):
+        cut = _pair(processor.get("crop_size", image_size))
+    whole = _pair(size) if squash else (size.get("shortest_edge", 0),) * 2
+    parts = [c / w if w else 0 for c, w in zip(cut, whole, strict=True)]
+    if not processor.get("do_resize", True) or cut != image_size or parts[0] != parts[1] or not 0 < parts[0] <= 1:
+        made = {
+            name: processor[name] for name in ("do_resize", "size", "do_center_crop", "crop_size") if name in processor
+        }
+        raise CheckpointError(f"not supported, the model takes images of {image_size} and its preprocessing has {made}")
     return Preprocess(
         image_size=image_size,
-        mean=tuple(processor["image_mean"]) if normal else (0.0,) * 3,
-        std=tuple(processor["image_std"]) if normal else (1.0,) * 3,
-        interpolation=Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR)).name.lower(),
-        crop=min(1.0, _pair(processor["crop_size"])[0] / (shorter or _pair(size)[0])) if cut else 1.0,
-        squash=not shorter,
+        mean=tuple(processor["image_mean"]) if normal else (0.0,) * in_chans,
+        std=tuple(processor["image_std"]) if normal else (1.0,) * in_chans,
+        interpolation=Image.Resampling(processor["resample"]).name.lower(),
+        crop=parts[0],
+        squash=squash,
     )
 
 
 def weights_of(find: Callable[[str], Path]) -> dict[str, Tensor]:
-    """The weights by their own names, of a safetensors file or else a pickle that may hold tensors alone."""
-    try:
-        return load_file(find("model.safetensors"))
-    except OSError:
-        try:
-            file = find("pytorch_model.bin")
-        except OSError as error:
-            raise CheckpointError("has neither model.safetensors nor pytorch_model.bin") from error
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """The weights by their own names: of a safetensors file, of several, or of a pickle that may hold tensors alone."""
+    if file := there(find, "model.safetensors"):
+        return load_file(file)
+    if there(find, index := "model.safetensors.index.json"):
+        parts = sorted(set(read(find, index)["weight_map"].values()))
+        return {name: tensor for part in parts for name, tensor in load_file(find(part)).items()}
+    if file := there(find, "pytorch_model.bin"):
+        return torch.load(file, map_location="cpu", weights_only=True)
+    raise CheckpointError("has neither model.safetensors nor pytorch_model.bin")
 
 
 def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,4 +288,4 @@ def _pair(size: Any) -> tuple[int, int]:
     """Height and width, of one number for both, two numbers, or both by name."""
     if isinstance(size, dict):
         return size["height"], size["width"]
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -33,6 +33,11 @@ def pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def mlp_ratio_of(hidden: int, embed_dim: int) -> float:
+    """The mlp_ratio with which an MLP is that wide; rounding may make the quotient a unit too narrow."""
+    return next(ratio for ratio in (hidden / embed_dim, (hidden + 0.5) / embed_dim) if int(embed_dim * ratio) == hidden)
+
+
 def as_they_are(weights: Tensor) -> Tensor:
     """Attention weights for those who want them whole."""
     return weights

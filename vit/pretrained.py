@@ -30,9 +30,9 @@ from timm.models import load_pretrained as load_weights
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint
-from vit.huggingface import from_transformers, in_folder, on_hub
-from vit.model import VisionTransformer
+from vit.checkpoint import SHIPPED, Checkpoint, CheckpointError, load_checkpoint, of_folder
+from vit.huggingface import WRAPPER, class_of, config_of, from_transformers, in_folder, named, on_hub
+from vit.model import VisionTransformer, mlp_ratio_of
 from vit.preprocess import Preprocess
 from vit.records import distinct
 
@@ -77,8 +77,8 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
         return load_checkpoint(SHIPPED)
     if os.path.isdir(source):  # not by Path, which raises where one may not look
         if not Path(source, "config.json").is_file():
-            raise CheckpointError(f"{source}: a folder without a config.json; name the file in it")
-        if found := from_transformers(text, partial(in_folder, text)):
+            raise CheckpointError(f"{source}: {of_folder(Path(source))}")
+        if found := _of_transformers(text, partial(in_folder, text)):
             return found
         model, about = _read(text, lambda **more: timm.create_model(f"local-dir:{text}", **more))
         return model, _with_our_part(about, Path(source, "config.json"))
@@ -97,7 +97,7 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
         if not os.path.isfile(file):
             raise CheckpointError(f"{file}: no such weights file")
         return _read(text, lambda **more: timm.create_model(name, **more), file=file)
-    if text.startswith(REMOTE[:2]) and (found := from_transformers(text, partial(on_hub, text.partition(":")[2]))):
+    if text.startswith(REMOTE[:2]) and (found := _of_transformers(text, partial(on_hub, text.partition(":")[2]))):
         return found
     if text.startswith(REMOTE) or timm.is_model(_architecture_name(text)):
         return _read(text, lambda **more: timm.create_model(text, **more))
@@ -106,6 +106,24 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
 
 def _architecture_name(name: str) -> str:
     return name.partition(".")[0]  # what is behind the dot says on what it was trained
+
+
+def _of_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionTransformer, Checkpoint] | None:
+    """A model that transformers saved, be it its own or one of timm's; none if timm did."""
+    with named(source):
+        config = config_of(find)
+        name = class_of(config)
+        if not name:
+            return None
+        if name != WRAPPER:
+            return from_transformers(source, find)
+        names = config.get("label_names", ())
+        about = {**config["pretrained_cfg"], "architecture": config["architecture"], "label_names": names}
+        create = partial(timm.create_model, config["architecture"], **config.get("model_args", {}))
+        file = str(find("model.safetensors"))
+    return _read(
+        source, partial(create, pretrained_cfg={**about, "num_classes": len(names)}, num_classes=len(names)), file
+    )
 
 
 def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tuple[VisionTransformer, Checkpoint]:
@@ -244,7 +262,6 @@ def architecture_of(theirs: nn.Module) -> dict[str, Any]:
     for reason, found in _foreign_parts(model, block):
         if found:
             raise Unsupported(reason)
-    embed_dim, hidden = model.embed_dim, block.mlp.fc1.out_features
     weights, pool = _by_our_names(theirs), "token" if model.global_pool == "token" else "mean"
     return {
         # Where sizes do not divide (384 by 14), timm leaves the last pixels out: the same for an image without them.
@@ -252,10 +269,10 @@ def architecture_of(theirs: nn.Module) -> dict[str, Any]:
         "patch_size": tuple(embed.patch_size),
         "in_chans": embed.proj.in_channels,
         "num_classes": model.num_classes or 1,
-        "embed_dim": embed_dim,
+        "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": next(r for r in (hidden / embed_dim, (hidden + 0.5) / embed_dim) if int(embed_dim * r) == hidden),
+        "mlp_ratio": mlp_ratio_of(block.mlp.fc1.out_features, model.embed_dim),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "pool": pool,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
@@ -409,6 +426,8 @@ def start_from(
     if tuple(class_names) != about.class_names:
         weights |= {name: new.state_dict()[name] for name in ("head.weight", "head.bias")}
         notes.append(f"head replaced: {len(about.class_names)} classes before, {len(class_names)} now")
+    if about.preprocess.squash:
+        notes.append("long images were squashed before, and their middle is cut out now")
     if white != about.preprocess.white:
         notes.append(f"data.white {about.preprocess.white} before, {white} now")
     new.load_state_dict(weights, strict=True)
