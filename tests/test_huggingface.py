@@ -261,7 +261,7 @@ def test_images_are_measured_at_its_size(tmp_path):
     with open(tmp_path / "run" / "validate" / "confusion.csv", newline="") as file:
         found = {row["of the class"]: [int(row[f"named {name}"]) for name in CLASSES] for row in csv.DictReader(file)}
     files = sorted((tmp_path / "images").rglob("*.png"))
-    answers = Predictor.from_checkpoint(path, device="cpu").predict_iter(files)
+    answers: Any = Predictor.from_checkpoint(path, device="cpu").predict_iter(files)
     named = Counter((file.parent.name, answer.label) for file, answer in zip(files, answers, strict=True))
     assert found == {of: [named[of, name] for name in CLASSES] for of in CLASSES}
     assert len({name for _, name in named}) > 1
@@ -334,6 +334,7 @@ def test_refuses_in_one_line(file, entries, message, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         load_pretrained(path)
     assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).count(str(path)) == 1
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

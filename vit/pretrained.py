@@ -113,17 +113,15 @@ def _of_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionTr
     with named(source):
         config = config_of(find)
         name = class_of(config)
-        if not name:
-            return None
-        if name != WRAPPER:
-            return from_transformers(source, find)
+    if name != WRAPPER:
+        return from_transformers(source, find) if name else None
+    with named(source):
         names = config.get("label_names", ())
-        about = {**config["pretrained_cfg"], "architecture": config["architecture"], "label_names": names}
-        create = partial(timm.create_model, config["architecture"], **config.get("model_args", {}))
+        about = {"architecture": config["architecture"], "label_names": names, "num_classes": len(names)}
+        more = {"num_classes": len(names), "pretrained_cfg": {**config["pretrained_cfg"], **about}}
+        create = partial(timm.create_model, config["architecture"], **{**config.get("model_args", {}), **more})
         file = str(find("model.safetensors"))
-    return _read(
-        source, partial(create, pretrained_cfg={**about, "num_classes": len(names)}, num_classes=len(names)), file
-    )
+    return _read(source, create, file)
 
 
 def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tuple[VisionTransformer, Checkpoint]:
