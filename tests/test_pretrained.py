@@ -304,7 +304,8 @@ def test_reads_dinov3_as_meta_keeps_it(tmp_path, capfd):
     ("source", "message"),
     [
         ("vit_base_patch16_nothing", "neither a file or folder nor the name of a timm model"),
-        ("missing.safetensors", "neither a file or folder nor the name of a timm model"),
+        ("missing.safetensors", "neither a file or folder nor the name of a timm model; timm.list_models('vit*')"),
+        ("google/vit-base-patch16-224", "; if it is on the hub: hf-hub:google/vit-base-patch16-224"),
         ("vit_tiny_patch16_224=missing.safetensors", "missing.safetensors: no such weights file"),
         ("test_vit3", "test_vit3: not supported, it has pooling by attention (map)"),
         ("vit_tiny_patch16_224.no_such_tag", "vit_tiny_patch16_224.no_such_tag: cannot be loaded"),

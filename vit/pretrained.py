@@ -101,7 +101,9 @@ def load_pretrained(source: str | Path) -> tuple[VisionTransformer, Checkpoint]:
         return found
     if text.startswith(REMOTE) or timm.is_model(_architecture_name(text)):
         return _read(text, lambda **more: timm.create_model(text, **more))
-    raise CheckpointError(f"{source}: neither a file or folder nor the name of a timm model; timm.list_models('vit*')")
+    on_hub_perhaps = text.count("/") == 1 and not Path(text).suffix
+    hint = f"if it is on the hub: hf-hub:{source}" if on_hub_perhaps else "timm.list_models('vit*')"
+    raise CheckpointError(f"{source}: neither a file or folder nor the name of a timm model; {hint}")
 
 
 def _architecture_name(name: str) -> str:
