@@ -92,6 +92,16 @@ def test_timm_gets_what_it_needs_to_classify(tmp_path):
     assert theirs.pretrained_cfg["label_names"] == list(CLASSES)
 
 
+@variants
+def test_transformers_reads_a_folder_of_timm(tmp_path, arguments):
+    auto = pytest.importorskip("transformers").AutoModelForImageClassification
+    model, about = made(**arguments)
+    theirs: Any = auto.from_pretrained(export.export_timm(model, about, tmp_path)).eval()
+    images = torch.randn(2, *(model.in_chans, *model.image_size))
+    torch.testing.assert_close(theirs(images).logits, model(images), atol=1e-5, rtol=0)
+    assert tuple(theirs.config.id2label.values()) == CLASSES
+
+
 def test_refuses_what_timm_has_not():
     with pytest.raises(CheckpointError, match="timm has no stem 'conv': use --format onnx"):
         export.to_timm(made(stem="conv")[0])

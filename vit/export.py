@@ -97,7 +97,7 @@ def to_timm(model: VisionTransformer) -> nn.Module:
 
 
 def export_timm(model: VisionTransformer, about: Checkpoint, folder: str | Path) -> Path:
-    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and transformers as well.
 
     Args:
         model: The model.
@@ -138,6 +138,9 @@ def export_timm(model: VisionTransformer, about: Checkpoint, folder: str | Path)
             "crop_mode": "squash" if preprocess.squash else "center",
         },
     )
+    config = json.loads((path := Path(folder, "config.json")).read_text("utf-8"))
+    config["model_args"].pop("num_classes")  # which stands above it, too: of two transformers does not know which
+    path.write_text(json.dumps(config, indent=2), "utf-8")
     return Path(folder)
 
 
