@@ -21,7 +21,7 @@ lint: $(INSTALLED)  ## check style and types
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11 ..." % sys.version_info[:2])'
-	@echo "Installing into .venv: about two minutes and 6.7 GB"
+	@echo "Installing into .venv: about two minutes and 7.3 GB"
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]' >.venv/install.log 2>&1 \
 		|| { cat .venv/install.log; exit 1; }
