@@ -139,7 +139,7 @@ def export_timm(model: VisionTransformer, about: Checkpoint, folder: str | Path)
         },
     )
     config = json.loads((path := Path(folder, "config.json")).read_text("utf-8"))
-    config["model_args"].pop("num_classes")  # which stands above it, too: of two transformers does not know which
+    config["model_args"].pop("num_classes", None)  # which stands above it, too: of two transformers does not know which
     path.write_text(json.dumps(config, indent=2), "utf-8")
     return Path(folder)
 
