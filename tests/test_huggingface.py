@@ -61,13 +61,13 @@ def example(name: str = "vit") -> Any:
 def folder(path: Path, model: Any, **processor: Any) -> Path:
     """What transformers itself saves."""
     model.save_pretrained(path)
-    height, width = load_size(model)
+    height, width = size_of(model)
     shape = {"size": {"height": height, "width": width}, **processor}
     transformers.ViTImageProcessor(**shape).save_pretrained(path)
     return path
 
 
-def load_size(model: Any) -> tuple[int, int]:
+def size_of(model: Any) -> tuple[int, int]:
     size = getattr(model.config, "vision_config", model.config).image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -78,7 +78,7 @@ def test_equals_transformers(name, tmp_path):
     theirs = example(name)
     ours, about = load_pretrained(folder(tmp_path, theirs))
     assert about.class_names == ("cat", "dog", "owl")
-    assert about.preprocess.image_size == ours.image_size == load_size(theirs)
+    assert about.preprocess.image_size == ours.image_size == size_of(theirs)
     images = torch.randn(2, 3, *ours.image_size, dtype=torch.double)
     found, maps = attention_map(ours.double(), images)
     answer = theirs.double()(images, output_attentions=True)

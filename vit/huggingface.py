@@ -80,25 +80,28 @@ def on_hub(place: str, name: str) -> Path:
     return Path(hf_hub_download(repository, name, revision=revision or None))
 
 
-def from_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionTransformer, Checkpoint]:
+def from_transformers(
+    source: str, config: dict[str, Any], find: Callable[[str], Path]
+) -> tuple[VisionTransformer, Checkpoint]:
     """The model, in eval mode with float32 weights, and what is known about it; logits are those of transformers.
 
     A backbone (``ViTModel``) has no class names, and a head of one zero output.
 
     Args:
         source: Its name, for messages.
-        find: ``in_folder`` of a folder, or ``on_hub`` of a name.
+        config: Of ``config_of``.
+        find: Gives its files: ``in_folder`` of a folder, or ``on_hub`` of a name.
 
     Raises:
         CheckpointError: If it is of a class other than CLASSES, has what ours has not, or is damaged.
     """
     with named(source):
-        config = config_of(find)
         name = class_of(config)
+        backbone = name == "ViTModel"
         c = {**CLASSES[name][0], **config.get("vision_config", config)}
         architecture = architecture_of(c)
         seen = preprocess_of(processor_of(find), _pair(c["image_size"]), c["num_channels"])
-        labels = labels_of(config) if name != "ViTModel" else ("",)
+        labels = ("",) if backbone else labels_of(config)
         about = Checkpoint(
             architecture={**architecture, **CLASSES[name][1], "num_classes": len(labels)},
             class_names=labels,
@@ -106,9 +109,9 @@ def from_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionT
             training={"pretrained": source},
         )
         weights = by_our_names(weights_of(find))
-        if name == "ViTModel":
+        if backbone:
             weights |= {"head.weight": torch.zeros(1, c["hidden_size"]), "head.bias": torch.zeros(1)}
-        return build(about, weights), about if name != "ViTModel" else replace(about, class_names=())
+        return build(about, weights), replace(about, class_names=()) if backbone else about
 
 
 @contextmanager
@@ -117,7 +120,7 @@ def named(source: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise type(error)(f"{source}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
 
@@ -130,14 +133,14 @@ def there(find: Callable[[str], Path], name: str) -> Path | None:
         return None
 
 
-def read(find: Callable[[str], Path], name: str) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     """What a JSON file holds."""
-    return json.loads(find(name).read_text("utf-8"))
+    return json.loads(file.read_text("utf-8"))
 
 
 def config_of(find: Callable[[str], Path]) -> dict[str, Any]:
     """What ``config.json`` holds, without what it leaves open."""
-    return {name: value for name, value in read(find, "config.json").items() if value is not None}
+    return {name: value for name, value in read(find("config.json")).items() if value is not None}
 
 
 def class_of(config: dict[str, Any]) -> str:
@@ -198,12 +201,12 @@ def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
 
 def processor_of(find: Callable[[str], Path]) -> dict[str, Any]:
     """What makes pixels of an image; where both files are there, transformers takes the first of these as well."""
-    if there(find, "processor_config.json") and (found := read(find, "processor_config.json").get("image_processor")):
+    if (file := there(find, "processor_config.json")) and (found := read(file).get("image_processor")):
         return found
-    if not there(find, "preprocessor_config.json"):
-        hint = "transformers' image_processor.save_pretrained writes it"
-        raise CheckpointError(f"has no preprocessor_config.json, which says how images get in; {hint}")
-    return read(find, "preprocessor_config.json")
+    if file := there(find, "preprocessor_config.json"):
+        return read(file)
+    hint = "transformers' image_processor.save_pretrained writes it"
+    raise CheckpointError(f"has no preprocessor_config.json, which says how images get in; {hint}")
 
 
 def preprocess_of(processor: dict[str, Any], image_size: tuple[int, int], in_chans: int) -> Preprocess:
@@ -261,8 +264,8 @@ def weights_of(find: Callable[[str], Path]) -> dict[str, Tensor]:
     """The weights by their own names: of a safetensors file, of several, or of a pickle that may hold tensors alone."""
     if file := there(find, "model.safetensors"):
         return load_file(file)
-    if there(find, index := "model.safetensors.index.json"):
-        parts = sorted(set(read(find, index)["weight_map"].values()))
+    if index := there(find, "model.safetensors.index.json"):
+        parts = sorted(set(read(index)["weight_map"].values()))
         return {name: tensor for part in parts for name, tensor in load_file(find(part)).items()}
     if file := there(find, "pytorch_model.bin"):
         return torch.load(file, map_location="cpu", weights_only=True)

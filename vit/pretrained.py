@@ -116,7 +116,7 @@ def _of_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionTr
         config = config_of(find)
         name = class_of(config)
     if name != WRAPPER:
-        return from_transformers(source, find) if name else None
+        return from_transformers(source, config, find) if name else None
     with named(source):
         names = config.get("label_names", ())
         about = {"architecture": config["architecture"], "label_names": names, "num_classes": len(names)}
@@ -128,33 +128,32 @@ def _of_transformers(source: str, find: Callable[[str], Path]) -> tuple[VisionTr
 
 def _read(source: str, create: Callable[..., nn.Module], file: str = "") -> tuple[VisionTransformer, Checkpoint]:
     """Refuse what we do not support before anything is downloaded, then build it with its weights."""
-    try:
-        with torch.device("meta"):
-            architecture_of(usual := create(pretrained=False))
-        overlay: dict[str, Any] = {"file": file, "custom_load": file.endswith(".npz")} if file else {}
-        asked: dict[str, Any] = {"pretrained_cfg_overlay": overlay} if file else {}
-        if file and not overlay["custom_load"]:  # perhaps fine-tuned, for other classes or sizes than the name says
-            weights = timm.models.load_state_dict(file)
-            if "blocks.0.norm1.weight" in weights:  # timm's own names, so that the head's would be timm's too
-                asked["num_classes"] = overlay["num_classes"] = len(weights.get("head.weight", ()))
-                asked |= sizes_in(weights, usual)
-        theirs: Any = create(pretrained=False, **asked)
-        for weights in theirs.parameters():
-            weights.data.fill_(math.nan)  # what a file of arrays lacks would stay random, without a word
-        told = theirs.pretrained_cfg.get("num_classes")  # as by the model, or timm would drop the head and be lax
-        load_weights(theirs, num_classes=told, in_chans=theirs.in_chans, filter_fn=_filtered)
-        for name, weights in theirs.named_parameters():
-            if weights.isnan().all():
-                raise CheckpointError(f"has no {name} of that shape; is it of another model, or of other classes?")
-        return from_timm(theirs)
-    except Unsupported as error:
-        raise Unsupported(f"{source}: not supported, it has {error}") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    except Exception as error:  # no network, no such tag, a damaged file: each library has its own
-        if isinstance(error, KeyError) and error.args == ("architecture",):
-            raise CheckpointError(f"{source}: its config.json is neither timm's nor transformers'") from error
-        raise CheckpointError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    with named(source):
+        try:
+            with torch.device("meta"):
+                architecture_of(usual := create(pretrained=False))
+            overlay: dict[str, Any] = {"file": file, "custom_load": file.endswith(".npz")} if file else {}
+            asked: dict[str, Any] = {"pretrained_cfg_overlay": overlay} if file else {}
+            if file and not overlay["custom_load"]:  # perhaps fine-tuned, for other classes or sizes than the name says
+                weights = timm.models.load_state_dict(file)
+                if "blocks.0.norm1.weight" in weights:  # timm's own names, so that the head's would be timm's too
+                    asked["num_classes"] = overlay["num_classes"] = len(weights.get("head.weight", ()))
+                    asked |= sizes_in(weights, usual)
+            theirs: Any = create(pretrained=False, **asked)
+            for weights in theirs.parameters():
+                weights.data.fill_(math.nan)  # what a file of arrays lacks would stay random, without a word
+            told = theirs.pretrained_cfg.get("num_classes")  # as by the model, or timm would drop the head and be lax
+            load_weights(theirs, num_classes=told, in_chans=theirs.in_chans, filter_fn=_filtered)
+            for name, weights in theirs.named_parameters():
+                if weights.isnan().all():
+                    raise CheckpointError(f"has no {name} of that shape; is it of another model, or of other classes?")
+            return from_timm(theirs)
+        except Unsupported as error:
+            raise Unsupported(f"not supported, it has {error}") from error
+        except KeyError as error:
+            if error.args != ("architecture",):
+                raise
+            raise CheckpointError("its config.json is neither timm's nor transformers'") from error
 
 
 def sizes_in(weights: dict[str, Tensor], usual: Any) -> dict[str, Any]:
