@@ -11,7 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 
-LONG = ("test_train", "test_resume", "test_cluster", "test_predict", "test_sources", "test_memory")
+LONG = ("test_train", "test_resume", "test_cluster", "test_predict", "test_sources", "test_memory", "test_survey")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
