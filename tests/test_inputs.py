@@ -25,6 +25,7 @@ def test_a_folder_gives_its_images_by_name_and_counts_the_rest(tmp_path):
     inputs = Inputs([str(tmp_path)])
     assert list(inputs) == [f"{tmp_path}/a.PNG", f"{tmp_path}/b.jpg"]
     assert inputs.passed_over == {".txt": 1, "": 1}
+    assert inputs.subfolders == 1
     assert list(inputs) == [f"{tmp_path}/a.PNG", f"{tmp_path}/b.jpg"]  # again from the start
     assert list(Inputs([str(tmp_path)], recursive=True))[-1] == f"{tmp_path}/sub/d.png"
 

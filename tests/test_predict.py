@@ -873,6 +873,17 @@ def test_what_reads_the_photographs_of_iphones_is_said(run, tmp_path, monkeypatc
     assert err.splitlines()[-1].strip() == said
 
 
+def test_folders_in_a_folder_are_looked_into_or_mentioned(run, tmp_path):
+    for name in ("a.png", "sub/b.png", ".hidden/c.png", "maps/a.png.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for options, images, said in (([], 1, "1 subfolder not looked into"), (["--recursive"], 2, None)):
+        code, out, err = run(tmp_path, "--maps", tmp_path / "maps", "--format", "jsonl", *options)
+        assert code == 0
+        assert len(out.splitlines()) == images
+        assert (f"{said}; --recursive does that" in err) if said else "subfolder" not in err
+
+
 def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()

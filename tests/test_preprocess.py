@@ -235,6 +235,11 @@ def test_without_its_package_a_heic_says_which_it_is(tmp_path, monkeypatch):
             open_image(file)
 
 
+def test_an_address_is_no_file():
+    with pytest.raises(ImageError, match=r"^no such file; an address is not fetched, download it first$"):
+        open_image("https://example.com/a.png")
+
+
 def test_other_formats_are_refused_whatever_their_name(tmp_path):
     picture().save(tmp_path / "a.png", "PCX")
     with pytest.raises(ImageError, match="not an image of a known format"):

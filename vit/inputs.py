@@ -42,6 +42,7 @@ class Inputs:
         stdin: Binary stream of paths, a line each, or each ended by a zero byte as ``find -print0`` writes them.
         maps: Folder in which this run puts pictures: none of them is an image of it.
         passed_over: Files in folders that were left out because of their suffix, counted by suffix; what is hidden too.
+        subfolders: How many folders in those that are named were not looked into.
         in_maps: How many of the files that ``stdin`` or a glob named were left out, as they lie in ``maps``.
     """
 
@@ -50,6 +51,7 @@ class Inputs:
     stdin: BinaryIO | None = None
     maps: str | None = None
     passed_over: Counter[str] = field(default_factory=Counter)
+    subfolders: int = 0
     in_maps: int = 0
 
     def absolute(self) -> bool:
@@ -59,7 +61,7 @@ class Inputs:
 
     def __iter__(self) -> Iterator[str | Unreadable]:
         self.passed_over.clear()
-        self.in_maps = 0
+        self.subfolders = self.in_maps = 0
         for source in self.sources:
             try:
                 yield from self._of(source)
@@ -106,6 +108,8 @@ class Inputs:
             elif is_folder:
                 if self.recursive:
                     yield from self._walk(path, seen)
+                elif not (self.maps and within(path, self.maps)):
+                    self.subfolders += 1
             elif (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
                 yield path
             elif suffix != PARTIAL:  # as a rule this run's own records

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import re
 import threading
 import warnings
 from collections import Counter
@@ -184,7 +185,8 @@ def reason(error: Exception, source: object) -> str:
         source: As for ``open_image``.
     """
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        address = isinstance(source, str) and re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE)
+        return "no such file; an address is not fetched, download it first" if address else "no such file"
     if isinstance(error, Image.UnidentifiedImageError):
         start = beginning(source)
         if start == b"":

@@ -497,6 +497,8 @@ class Summary:
             say(f"  {'first failed' if self.failed > 1 else 'failed'}: {self.first_failed}")
         if n := inputs.in_maps:
             say(f"  {n} image{'s' * (n != 1)} in the folder of --maps left out, where maps are put: {options.maps}")
+        if (n := inputs.subfolders) and self.classified:  # else the record of an empty folder says it
+            say(f"  {n} subfolder{'s' * (n != 1)} not looked into; --recursive does that")
         if inputs.passed_over:
             from vit.preprocess import by_ending  # loaded long ago; not with this module, as torch comes with it
 
