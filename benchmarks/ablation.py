@@ -15,7 +15,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +60,17 @@ CHANGES: dict[str, tuple[float, list[str]]] = {
 }
 
 
-def fit(folder: Path, name: str, data: str, steps: int, seed: int) -> tuple[float, float]:
-    """Train once, in a process of its own: validation accuracy at the end, and minutes of processor time."""
+def trained(folder: Path, options: list[str], code: str = "") -> tuple[float, float]:
+    """Train once, in a process of its own with one thread: validation accuracy at the end, and minutes of its time.
+
+    Args:
+        folder: Of the run, which is made.
+        options: Of ``train.py fit``.
+        code: Run before it.
+    """
     folder.mkdir()
-    share, options = CHANGES[name]
-    steps = round(steps * share)
-    code = (CODE if name == RANDOM else "") + "import train; train.main()"
-    command = [
-        *(sys.executable, "-c", code, "fit", "--config", CONFIG, "--seed_everything", str(seed)),
-        *("--data.dataset", data, "--trainer.default_root_dir", str(folder), "--checkpoint.monitor", "null"),
-        *("--trainer.max_epochs", "-1", "--trainer.max_steps", str(steps)),
-        *("--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", str(steps)),
-        *("--trainer.enable_progress_bar", "false", *(f"--data.augment.{k}={v}" for k, v in BASE.items()), *options),
-    ]
+    command = [sys.executable, "-c", code + "import train; train.main()", "fit", *options]
+    command += ["--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false"]
     log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -80,6 +80,38 @@ def fit(folder: Path, name: str, data: str, steps: int, seed: int) -> tuple[floa
     with (folder / "metrics.csv").open() as file:
         accuracies = [row["val/acc"] for row in csv.DictReader(file) if row["val/acc"]]
     return float(accuracies[-1]), (used.ru_utime + used.ru_stime) / 60
+
+
+def fit(folder: Path, name: str, *, data: str, steps: int, seed: int) -> tuple[float, float]:
+    """Train the config with one change."""
+    share, changes = CHANGES[name]
+    steps = round(steps * share)
+    options = ["--config", CONFIG, "--seed_everything", str(seed), "--data.dataset", data]
+    options += ["--checkpoint.monitor", "null", "--trainer.max_epochs", "-1", "--trainer.max_steps", str(steps)]
+    options += ["--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", str(steps)]
+    options += [f"--data.augment.{part}={value}" for part, value in BASE.items()]
+    return trained(folder, [*options, *changes], CODE if name == RANDOM else "")
+
+
+def measure(rows: list[dict[str, Any]], fit: Callable[[Path, str], tuple[float, float]], jobs: int) -> None:
+    """Add to each row what a run of its name gives; so many run side by side."""
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+        runs = [pool.submit(fit, Path(scratch, str(i)), row["what"]) for i, row in enumerate(rows)]
+        for row, run in zip(rows, runs, strict=True):
+            accuracy, minutes = run.result()
+            row["seeds"].append(accuracy)
+            row["core_minutes"].append(minutes)
+            row["accuracy"] = statistics.mean(row["seeds"])
+            print(row, flush=True)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table of accuracies."""
+    table = Table("", "validation accuracy", "seeds", "core-minutes")
+    for row in rows:
+        each = ", ".join(f"{value:.1%}" for value in row["seeds"])
+        table.add_row(row["what"], f"{row['accuracy']:.1%}", each, f"{statistics.mean(row['core_minutes']):.1f}")
+    Console().print(table)
 
 
 def main() -> None:
@@ -105,23 +137,9 @@ def main() -> None:
             parser.error(f"{path} is of other runs than these: leave out --go-on, or name another file with --name")
         rows = before["rows"]
     for seed in range(len(rows[0]["seeds"]), args.seeds):
-        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
-            runs = [
-                pool.submit(fit, Path(scratch, str(i)), name, args.data, args.steps, seed)
-                for i, name in enumerate(names)
-            ]
-            for row, run in zip(rows, runs, strict=True):
-                accuracy, minutes = run.result()
-                row["seeds"].append(accuracy)
-                row["core_minutes"].append(minutes)
-                row["accuracy"] = statistics.mean(row["seeds"])
-                print(row, flush=True)
+        measure(rows, partial(fit, data=args.data, steps=args.steps, seed=seed), args.jobs)
         path = record(args.name, rows, **facts)  # after each seed: who stops here has the table so far
-    table = Table("", "validation accuracy", "seeds", "core-minutes")
-    for row in rows:
-        each = ", ".join(f"{value:.1%}" for value in row["seeds"])
-        table.add_row(row["what"], f"{row['accuracy']:.1%}", each, f"{statistics.mean(row['core_minutes']):.1f}")
-    Console().print(table)
+    show(rows)
     print(path)
 
 
