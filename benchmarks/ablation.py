@@ -69,7 +69,7 @@ def trained(folder: Path, options: list[str], code: str = "") -> tuple[float, fl
         code: Run before it.
     """
     folder.mkdir()
-    command = [sys.executable, "-c", code + "import train; train.main()", "fit", *options]
+    command = [sys.executable, "-c", code + "import sys, train; sys.exit(train.main())", "fit", *options]
     command += ["--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false"]
     log = folder / "log"
     with log.open("w") as file:
